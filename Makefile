@@ -1,0 +1,158 @@
+# `make` builds the CPU trainer, `make help` lists every target, `make info` says what was found on this machine.
+#
+# Needs GNU make and a C compiler; OpenMP is used where it works. To override: CC, CFLAGS (optimisation and warnings),
+# ARCH (the instruction set), OPENMP, NVCC, GPU_ARCH; WERROR=1 turns warnings into errors. Every program is one
+# compilation of one file that includes the headers it needs. All that is built goes to build/, but for the trainers.
+
+BUILD := build
+# -fno-math-errno: nobody reads errno after sqrt(), and with it sqrt() cannot be vectorised (AdamW: 2.5 times the speed).
+CFLAGS ?= -O3 -fno-math-errno -Wall -Wextra
+CLANG_FORMAT ?= $(or $(shell command -v clang-format-14 2>/dev/null),clang-format)
+
+.PHONY: info test asan demo bench check-cxx format format-check clean help FORCE
+.DEFAULT_GOAL := train_gpt
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What this machine has
+
+ifneq ($(filter-out clean help format format-check,$(or $(MAKECMDGOALS),train_gpt)),)
+
+ifeq ($(origin CC),default)
+CC := $(or $(firstword $(foreach c,cc gcc clang,$(if $(shell command -v $(c) 2>/dev/null),$(c)))),cc)
+endif
+ifeq ($(origin CXX),default)
+CXX := $(if $(findstring clang,$(notdir $(CC))),clang++,c++)
+endif
+
+# $(call try,FLAGS,MORE): FLAGS, if an empty program compiles and links with FLAGS and MORE; else nothing.
+try = $(shell t=$$(mktemp) && echo 'int main(void) { return 0; }' | $(CC) -x c - -Werror $(1) $(2) -o $$t 2>/dev/null \
+        && echo '$(1)'; rm -f $$t)
+
+ifeq ($(origin ARCH),undefined)
+ifneq ($(filter arm64 aarch64,$(shell uname -m)),)
+ARCH := $(or $(call try,-mcpu=native),$(call try,-march=native))
+else
+ARCH := $(call try,-march=native)
+endif
+endif
+
+ifeq ($(origin OPENMP),undefined)
+OPENMP := $(call try,-fopenmp,-include omp.h)
+LIBOMP := $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))
+ifeq ($(OPENMP),)
+OPENMP := $(if $(LIBOMP),$(call try,-Xclang -fopenmp -I$(LIBOMP)/include -L$(LIBOMP)/lib -lomp,-include omp.h))
+endif
+endif
+
+NVCC := $(or $(NVCC),$(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc)))
+CUDA := $(patsubst %/bin/nvcc,%,$(NVCC))
+NCCL := $(if $(NVCC),$(call try,-lnccl,-include nccl.h -I$(CUDA)/include -L$(CUDA)/lib64))
+ifeq ($(origin GPU_ARCH),undefined)
+GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
+GPU_ARCH := $(addprefix sm_,$(GPU_ARCH))
+endif
+
+ifeq ($(MAKELEVEL),0)
+$(info compiler  $(or $(shell $(CC) --version 2>/dev/null | head -n 1),$(CC): not found; install gcc or clang or say make CC=...) $(ARCH))
+$(info OpenMP    $(or $(OPENMP),not found: one thread only (gcc needs libgomp and clang libomp; on macOS: brew install libomp)))
+$(info nvcc      $(or $(NVCC),not found (the CPU trainer needs none)))
+$(info GPU       $(or $(GPU_ARCH),none found))
+$(info NCCL      $(if $(NCCL),found,not found))
+endif
+endif
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Programs
+
+REVISION := $(or $(shell git describe --always --dirty --abbrev=12 2>/dev/null),unknown)
+ALL_CFLAGS = -std=gnu11 $(CFLAGS) $(ARCH) $(or $(OPENMP),$(call try,-fopenmp-simd) -Wno-unknown-pragmas) $(if $(filter 1,$(WERROR)),-Werror )-I.
+COMPILE = $(CC) $(ALL_CFLAGS) $(DEFINES) -MMD -MP -MF $(BUILD)/$(notdir $@).d -MT $@ $< -o $@ -lm
+
+train_gpt: DEFINES = -DGIT_REVISION='"$(REVISION)"' -DBUILD_FLAGS='"$(CC) $(ALL_CFLAGS)"'
+train_gpt: train_gpt.c $(BUILD)/flags $(BUILD)/revision ## the CPU trainer (what `make` alone builds)
+	$(COMPILE)
+
+# In double, loops marked `omp simd` call the C library's exp and erf, which clang regrets not to vectorise.
+$(BUILD)/test_gpt_double: DEFINES = -DREAL=double -Wno-pass-failed
+$(BUILD)/test_gpt $(BUILD)/test_gpt_double: test_gpt.c $(BUILD)/flags
+	$(COMPILE)
+
+$(BUILD)/%: dev/test/%.c $(BUILD)/flags
+	$(COMPILE)
+
+$(BUILD)/%: dev/data/%.c $(BUILD)/flags
+	$(COMPILE)
+
+$(BUILD)/%: dev/bench/%.c $(BUILD)/flags
+	$(COMPILE)
+
+# What the last build was made with: programs are built again when it changes.
+$(BUILD)/flags: STAMP = $(CC) $(ALL_CFLAGS)
+$(BUILD)/revision: STAMP = $(REVISION)
+$(BUILD)/flags $(BUILD)/revision: FORCE
+	@mkdir -p $(BUILD)
+	@echo '$(STAMP)' | cmp -s - $@ || echo '$(STAMP)' > $@
+
+-include $(wildcard $(BUILD)/*.d)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tests, checks, demo
+
+TESTS := $(patsubst dev/test/%.c,$(BUILD)/%,$(sort $(wildcard dev/test/test_*.c))) \
+         $(BUILD)/test_gpt $(BUILD)/test_gpt_double
+
+test: $(TESTS) ## every test, the whole model in float and in double; the last line counts them
+	@sh dev/test/run.sh $(TESTS)
+
+asan: ## the tests again under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(MAKE) --no-print-directory test BUILD=build/asan \
+	    CFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra'
+
+demo: train_gpt $(BUILD)/text_to_tokens ## trains a small GPT on this project's own text, under three minutes
+	@bash scripts/demo.sh
+
+# BENCH: the sections of dev/bench/bench.c to run, all if empty. LLMC: the folder of an llm.c checkout to compare with;
+# PYTHON: a Python that can import torch, likewise.
+PYTHON ?= python3
+bench: $(BUILD)/bench $(if $(LLMC),$(BUILD)/llmc_step) ## speed beside its ceilings
+	@torch=; if $(PYTHON) -c 'import torch' 2>/dev/null; then torch='--python $(PYTHON)'; fi; \
+	$(BUILD)/bench $(BENCH) $(if $(LLMC),--llmc $(BUILD)/llmc_step) $$torch
+
+$(BUILD)/llmc_step: dev/bench/llmc_step.c $(BUILD)/flags FORCE
+	$(CC) -Ofast $(ARCH) $(if $(OPENMP),$(OPENMP) -DOMP) -w -I$(LLMC) $< -o $@ -lm
+
+check-cxx: ## every header of llmc/ alone, as C11 and as C++17
+	@for h in llmc/*.h; do \
+	    echo "$$h" && \
+	    $(CC) -std=gnu11 -Wall -Wextra -Werror -fsyntax-only -include $$h -x c /dev/null && \
+	    $(CXX) -std=c++17 -Wall -Wextra -Werror -fsyntax-only -include $$h -x c++ /dev/null || exit 1; \
+	done
+
+SOURCES = $(wildcard *.c *.cu llmc/*.h llmc/*.cuh dev/*/*.c dev/*/*.h dev/*/*.cu)
+
+format: ## rewrites the sources in the committed style
+	$(CLANG_FORMAT) -i $(SOURCES)
+
+format-check: ## fails if `make format` would change a file (clang-format 14; other versions may differ in details)
+	$(CLANG_FORMAT) --dry-run -Werror $(SOURCES)
+
+info: ## what was found: compiler, OpenMP, nvcc, GPU, NCCL
+	@:
+
+clean: ## removes all that was built; data/ and out/ stay
+	rm -rf build train_gpt train_gptcu
+
+help:: ## this list
+	@awk -F ':+ .*## ' '/^[a-z_-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The CUDA trainer
+
+ifneq ($(wildcard train_gpt.cu),)
+train_gptcu: train_gpt.cu $(wildcard llmc/*.cuh llmc/*.h)
+	$(if $(NVCC),,$(error train_gptcu needs nvcc, which was not found: install the CUDA toolkit or say make NVCC=/path/to/nvcc))
+	$(NVCC) -std=c++17 -O3 $(addprefix -arch=,$(GPU_ARCH)) -I. $< -o $@ $(NCCL)
+
+help::
+	@echo "make train_gptcu   the CUDA trainer (needs nvcc)"
+endif
