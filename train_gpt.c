@@ -116,7 +116,11 @@ static void pack_panel(real* panel, const real* x, int rows, int k, size_t row_s
     if (rows < width) { memset(panel, 0, (size_t)k * (size_t)width * sizeof(real)); }
     if (row_stride == 1) { // the panel's rows lie side by side: copy
         for (int p = 0; p < k; p++) {
-            memcpy(panel + p * width, x + (size_t)p * k_stride, (size_t)rows * sizeof(real));
+            const real* from = x + (size_t)p * k_stride;
+            real* to = panel + p * width;
+            int r = 0;
+            for (; r + 8 <= rows; r += 8) { *(oct_unaligned*)(to + r) = *(const oct_unaligned*)(from + r); }
+            for (; r < rows; r++) { to[r] = from[r]; }
         }
         return;
     }

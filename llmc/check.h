@@ -15,6 +15,7 @@ and in exit status 2. Nothing here leaves a half-written file: writing files tha
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #if defined(__GNUC__)
 #define PRINTF_LIKE(fmt, args) __attribute__((format(printf, fmt, args)))
@@ -55,16 +56,22 @@ PRINTF_LIKE(1, 2) UNUSED static void warn(const char* fmt, ...) {
 }
 
 // Memory for count objects of size bytes, zeroed, aligned to 64 bytes (a cache line, a 512-bit vector). Never NULL; too
-// little memory ends the program and names what the memory was for. Release with free().
+// little memory ends the program and names what the memory was for. Release with free(). Large blocks ask Linux for
+// pages of 2 MiB: a matrix with long rows otherwise needs another entry of the processor's page cache for every row.
 static inline void* alloc_zeroed(size_t count, size_t size, const char* what) {
+    const size_t huge_page = (size_t)2 << 20;
     size_t bytes = count * size;
     if (size != 0 && bytes / size != count) { fatal("%s needs more memory than can be addressed", what); }
-    size_t rounded = (bytes + 63) / 64 * 64;
-    void* p = rounded < bytes ? NULL : aligned_alloc(64, rounded == 0 ? 64 : rounded);
+    size_t alignment = bytes >= 2 * huge_page ? huge_page : 64;
+    size_t rounded = bytes == 0 ? alignment : (bytes + alignment - 1) / alignment * alignment;
+    void* p = rounded < bytes ? NULL : aligned_alloc(alignment, rounded);
     if (p == NULL) {
         fatal("out of memory: %s needs %.1f MiB; use a smaller model, batch (-b) or sequence length (-t)", what,
               (double)bytes / (1 << 20));
     }
+#ifdef MADV_HUGEPAGE
+    if (alignment == huge_page) { madvise(p, rounded, MADV_HUGEPAGE); } // a wish: it may fail
+#endif
     memset(p, 0, rounded);
     return p;
 }
