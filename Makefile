@@ -128,7 +128,7 @@ check-cxx: ## every header of llmc/ alone, as C11 and as C++17
 	    $(CXX) -std=c++17 -Wall -Wextra -Werror -fsyntax-only -include $$h -x c++ /dev/null || exit 1; \
 	done
 
-SOURCES = $(wildcard *.c *.cu llmc/*.h llmc/*.cuh dev/*/*.c dev/*/*.h dev/*/*.cu)
+SOURCES = $(wildcard *.c *.cu llmc/*.h llmc/*.cuh dev/*/*.c dev/*/*.h dev/*/*.cu dev/*/*.cuh)
 
 format: ## rewrites the sources in the committed style
 	$(CLANG_FORMAT) -i $(SOURCES)

@@ -1112,7 +1112,7 @@ static void test_evaluation(void) {
 enum { RUN_STEPS = 10, RUN_T = 16, RUN_B = 4, RUN_V = 37 };
 
 // Ten steps through the backend, as the training loop makes them, on sequences in which a token all but gives the next.
-static void small_run(double losses[RUN_STEPS]) {
+static void small_run(double losses[RUN_STEPS], int micro_batch) {
     GPTConfig config = config_of_shape(2, 2, 16, RUN_T, RUN_V);
     Backend backend;
     cpu_open(&backend, &config, RUN_B, RUN_T);
@@ -1133,7 +1133,10 @@ static void small_run(double losses[RUN_STEPS]) {
         h.n = RUN_B;
         h.grad_clip = 1;
         backend.step_begin(backend.self, GNS_LN);
-        backend.micro(backend.self, tokens, targets, RUN_B, RUN_T);
+        for (int b = 0; b < RUN_B; b += micro_batch) {
+            const int B = min_int(micro_batch, RUN_B - b);
+            backend.micro(backend.self, tokens + b * RUN_T, targets + b * RUN_T, B, RUN_T);
+        }
         backend.step_end(backend.self, &h, &stats);
         CHECK(stats.outcome == STEP_APPLIED);
         losses[step - 1] = stats.loss;
@@ -1145,7 +1148,7 @@ static void test_small_run(void) {
     const double frozen[RUN_STEPS] = {3.6181862, 3.5922461, 3.6112150, 3.5607885, 3.4849009,
                                       3.4102891, 3.4598110, 3.3596842, 3.3758742, 3.2529801};
     double losses[RUN_STEPS];
-    small_run(losses);
+    small_run(losses, RUN_B);
     // In float the libraries' logarithms and cosines (of the initial weights) and the vectors' widths show; Adam's first steps,
     // which take the sign of tiny gradients, enlarge it.
     for (int i = 0; i < RUN_STEPS; i++) {
@@ -1153,6 +1156,18 @@ static void test_small_run(void) {
     }
     check_near(losses[0], log(RUN_V), 0.05, "loss of an untrained model");
     CHECK(losses[RUN_STEPS - 1] < losses[0] - 0.3);
+}
+
+// The losses of a run do not depend on how its steps are cut into micro-batches, but for the rounding of sums.
+static void test_any_micro_batch(void) {
+    double whole[RUN_STEPS], cut[RUN_STEPS];
+    small_run(whole, RUN_B);
+    for (int micro_batch = 1; micro_batch < RUN_B; micro_batch++) {
+        small_run(cut, micro_batch);
+        for (int i = 0; i < 2; i++) { // later steps enlarge the difference, see above
+            check_near(cut[i], whole[i], bound(1e-6, 1e-12), "micro-batches of %d, step %d", micro_batch, i + 1);
+        }
+    }
 }
 
 int main(void) {
@@ -1180,5 +1195,6 @@ int main(void) {
     RUN(test_same_bits_for_any_number_of_threads);
     RUN(test_evaluation);
     RUN(test_small_run);
+    RUN(test_any_micro_batch);
     return test_summary();
 }

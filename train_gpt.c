@@ -95,6 +95,13 @@ static inline void gemm_tile(int k, const real* a, const real* b, real* tile) {
 }
 
 typedef real oct __attribute__((vector_size(8 * sizeof(real))));
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else // GCC's older name for it, which takes the places as a vector of integers
+typedef __typeof__(_Generic((real)0, float : (int32_t)0, double : (int64_t)0)) place;
+typedef place oct_places __attribute__((vector_size(8 * sizeof(real))));
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (oct_places){__VA_ARGS__})
+#endif
 typedef real oct_unaligned __attribute__((vector_size(8 * sizeof(real)), aligned(sizeof(real))));
 
 // to[p*width + r] = from[r*row_stride + p] for an 8 x 8 square: three rounds of interleaving the upper with the lower half.
@@ -103,8 +110,8 @@ static inline void transpose_8x8(real* to, int width, const real* from, size_t r
     for (int r = 0; r < 8; r++) { x[r] = *(const oct_unaligned*)(from + (size_t)r * row_stride); }
     for (int round = 0; round < 3; round++) {
         for (int r = 0; r < 4; r++) {
-            y[2 * r] = __builtin_shufflevector(x[r], x[r + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-            y[2 * r + 1] = __builtin_shufflevector(x[r], x[r + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+            y[2 * r] = SHUFFLE(x[r], x[r + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+            y[2 * r + 1] = SHUFFLE(x[r], x[r + 4], 4, 12, 5, 13, 6, 14, 7, 15);
         }
         for (int r = 0; r < 8; r++) { x[r] = y[r]; }
     }
@@ -245,6 +252,7 @@ static void gemm(Workspace* ws, const Gemm* g) {
     const int tasks_m = (max_m + TASK_M - 1) / TASK_M, tasks_n = (max_n + TASK_N - 1) / TASK_N;
     double* partial = g->sum_sq != NULL ? reserve_partial(ws, (size_t)tasks_m * (size_t)tasks_n) : NULL;
     const bool worth_threads = (double)g->M * g->N * g->K > 1e5; // below, waking them costs more than they save
+    (void)worth_threads;                                         // read by OpenMP alone
 #pragma omp parallel if (worth_threads)
     for (int m0 = 0; m0 < g->M; m0 += BLOCK_MN) {
         const int mb = min_int(BLOCK_MN, g->M - m0);
@@ -1000,6 +1008,28 @@ static real* gpt_alloc(GPT* g, int kind, size_t count, const char* what) {
     return (real*)alloc_zeroed(count, sizeof(real), what);
 }
 
+// Reserves the working memory of the kernels for micro-batches of max_B x max_T, so that the start-up line can say all.
+static void gpt_reserve_workspace(GPT* g) {
+    const int C = g->config.channels;
+    Workspace* ws = &g->ws;
+    const size_t block = round_up(BLOCK_MN, NR) * BLOCK_K;
+    reserve(&ws->a, &ws->a_size, block, "packed blocks of matrices");
+    reserve(&ws->b, &ws->b_size, block, "packed blocks of matrices");
+    reserve(&ws->rows, &ws->rows_size, (size_t)g->max_B * (size_t)chunks_of(g->max_T) * 4 * (size_t)C,
+            "sums over rows");
+    head_scratch(ws, -1, g->max_T, C / g->config.num_heads);
+    g->bytes[MEM_SCRATCH] += (ws->a_size + ws->b_size + ws->rows_size + ws->heads_size) * sizeof(real);
+}
+
+// What --gns all needs besides, at the first step that measures all tensors.
+static void gpt_reserve_gns_all(GPT* g) {
+    const size_t rows = g->max_N * (size_t)g->config.channels, square = (size_t)g->max_T * (size_t)g->max_T;
+    g->head_rows = gpt_alloc(g, MEM_SCRATCH, rows, "per-example norms of the embedding");
+    g->gathered = gpt_alloc(g, MEM_SCRATCH, square, "per-example norms of the embedding");
+    printf("memory      per-example norms of the tied embedding: scratch %.1f MiB more\n",
+           (double)((rows + square) * sizeof(real)) / (1 << 20));
+}
+
 // Examples whose logits are in memory at once: about 256 tokens, so that the products are large enough.
 static int head_examples(int T) { return max_int(1, 256 / T); }
 
@@ -1041,6 +1071,7 @@ static GPT* gpt_create(const GPTConfig* config, int max_B, int max_T) {
     g->group = g->order + N;
     g->groups = g->group + N;
     g->sum_sq = (double*)alloc_zeroed((size_t)g->table.num_tensors, sizeof(double), "per-example norms");
+    gpt_reserve_workspace(g);
     return g;
 }
 
@@ -1063,7 +1094,7 @@ static real* grad_of(const GPT* g, int row, int layer) { return g->grads + param
 
 // Where a tensor's per-example norms go; NULL if this step does not measure them.
 static double* sum_sq_of(const GPT* g, int row, int layer) {
-    const bool measured = g->gns == GNS_ALL || (g->gns == GNS_LN && g->table.row[row].group == GROUP_LN);
+    const bool measured = gns_measures(g->gns, g->table.row[row].group);
     return measured ? &g->sum_sq[tensor_index(&g->table, row, layer)] : NULL;
 }
 
@@ -1201,12 +1232,7 @@ static void gpt_step_begin(GPT* g, int gns) {
         const ParamRow* row = &g->table.row[r];
         if (row->cols == 1 || r == WPE) { memset(grad_of(g, r, 0), 0, row->size * (size_t)row->count * sizeof(real)); }
     }
-    if (gns == GNS_ALL && g->head_rows == NULL) {
-        g->head_rows =
-            gpt_alloc(g, MEM_SCRATCH, g->max_N * (size_t)g->config.channels, "per-example norms of the embedding");
-        g->gathered =
-            gpt_alloc(g, MEM_SCRATCH, (size_t)g->max_T * (size_t)g->max_T, "per-example norms of the embedding");
-    }
+    if (gns == GNS_ALL && g->head_rows == NULL) { gpt_reserve_gns_all(g); }
 }
 
 // Forward and backward of B examples: adds to gradients, norms and loss. tokens, targets (B, T)
@@ -1386,7 +1412,7 @@ static void cpu_open(Backend* backend, const GPTConfig* config, int max_B, int m
                          .state_set = cpu_state_set,
                          .close = cpu_close};
     const char* names[] = {"weights", "gradients", "Adam moments", "activations", "scratch"};
-    printf("memory     ");
+    printf("memory      ");
     for (int i = 0; i < 5; i++) {
         printf("%s%s %.1f MiB", i > 0 ? ", " : "", names[i], (double)g->bytes[i] / (1 << 20));
     }

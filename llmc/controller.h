@@ -53,6 +53,10 @@ static inline void controller_init(BatchController* c) {
     c->evidence = 0;
 }
 
+// Brings B within its bounds. To be called after a resume: the bounds may have changed since, or the run that saved the
+// state had no closed loop and its B is 0.
+static inline void controller_bound(BatchController* c) { c->batch = fmin(fmax(c->batch, c->batch_min), c->batch_max); }
+
 // B*(gns) before bounds. A noise scale below zero (the lower end of a wide error bar) asks for nothing.
 static inline double controller_asks(const BatchController* c, double calibration, double gns) {
     return c->scale * pow(fmax(0, calibration * gns), c->power);

@@ -103,7 +103,7 @@ static inline void gns_group_samples(const ParamTable* table, const StepStats* s
         }
     }
     for (int g = 0; g < NUM_GNS_GROUPS; g++) {
-        bool measured = stats->gns == GNS_ALL || (stats->gns == GNS_LN && g == GNS_GROUP_LN);
+        bool measured = gns_measures(stats->gns, g);
         out[g] = gns_sample(sum_sq[g], sq_sum[g], measured ? stats->n : 0);
     }
 }
@@ -235,8 +235,8 @@ static inline void fraction_state(StateFile* s, const char* name, FractionEma* e
     }
 }
 
+// The state without the settings: tau is that of gns_tracker_init().
 static inline void gns_state(StateFile* s, GnsTracker* t) {
-    state_f64(s, "gns.tau", &t->tau);
     for (int g = 0; g < NUM_GNS_GROUPS; g++) { fraction_state(s, gns_group_name(g), &t->group[g]); }
     fraction_state(s, "pair_ln", &t->pair[0]);
     fraction_state(s, "pair_total", &t->pair[1]);

@@ -270,6 +270,9 @@ static inline const char* tensor_name(const ParamTable* t, int row, int layer, c
 // Which per-example norms a step measures.
 enum { GNS_OFF, GNS_LN, GNS_ALL };
 
+// Does a step that measures `gns` measure the tensors of this group (GROUP_*, or a union of groups from gns.h)?
+static inline bool gns_measures(int gns, int group) { return gns == GNS_ALL || (gns == GNS_LN && group == GROUP_LN); }
+
 // Everything the update needs to know; reaches a device as one struct in memory.
 typedef struct {
     int64_t step; // counted from 1: Adam's bias correction, random rounding

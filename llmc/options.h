@@ -114,7 +114,7 @@ static const OptionRow option_rows[] = {
      "of initial weights, order of the data, and samples"},
 
     {"Batch and budget", "micro-batch", "b", OPTION_INT, AT(micro_batch), 1, 65536, NULL, "4", "N",
-     "most sequences that are in memory at once; never changes the result beyond rounding"},
+     "most sequences that are in memory at once; with -d given, it never changes the result beyond rounding"},
     {NULL, "seq-len", "t", OPTION_INT, AT(seq_len), 1, 1048576, "model", "model", "N",
      "tokens in a sequence; model: the longest that the model takes, at most 1024"},
     {NULL, "batch-tokens", "d", OPTION_TOKENS, AT(batch_tokens), 1, 1e12, "micro-batch", "micro-batch", "TOKENS",
@@ -190,7 +190,7 @@ static const OptionRow option_rows[] = {
     {NULL, "hellaswag", NULL, OPTION_TEXT, AT(hellaswag), 0, 0, NULL, NULL, "FILE",
      "also measure the accuracy on this evaluation file (llm.c's HellaSwag)"},
     {NULL, "eval-only", NULL, OPTION_FLAG, AT(eval_only), 0, 0, NULL, "0", NULL,
-     "evaluate the model (-e FILE.bin, --init-from, or -o RUN -y 1), train nothing"},
+     "evaluate a model (-e FILE.bin, --init-from FILE, or -o RUN -y 1 with the run's -e), train nothing"},
     {NULL, "sample-every", "s", OPTION_INTERVAL, AT(sample_every), 0, 1e15, NULL, "0", "EVERY",
      "print a sample in this interval and at the end; 0: never"},
     {NULL, "sample-length", "g", OPTION_INT, AT(sample_length), 1, 1048576, NULL, "64", "N",

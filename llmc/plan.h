@@ -66,16 +66,6 @@ static inline int plan_vocab(const Options* o) {
     return vocab_size > 0 ? vocab_size : GPT2_VOCAB;
 }
 
-// Weights that are trained, as people count them: without the rows that pad the vocabulary.
-static inline int64_t count_parameters(const GPTConfig* config) {
-    ParamTable table = param_table(config);
-    int64_t n = 0;
-    for (int r = 0; r < NUM_ROWS; r++) {
-        n += (int64_t)table.row[r].used_rows * table.row[r].cols * table.row[r].count;
-    }
-    return n;
-}
-
 // Fills in the model, its size and T. fatal() if the options name none that exists or that fits.
 static inline void plan_model(Plan* p, const Options* o) {
     GPTConfig* config = &p->config;
@@ -99,7 +89,8 @@ static inline void plan_model(Plan* p, const Options* o) {
               o->seq_len, config->max_seq_len, o->model, o->seq_len);
     }
     p->T = o->seq_len != OPTION_WORD ? o->seq_len : min_int(1024, config->max_seq_len);
-    p->num_params = count_parameters(config);
+    const ParamTable table = param_table(config);
+    p->num_params = (int64_t)param_count(&table);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ typedef struct {
 } RunLog;
 
 static inline bool runlog_tracks(const RunLog* log, int row) {
-    return log->tensors == GNS_ALL || (log->tensors == GNS_LN && log->table.row[row].group == GROUP_LN);
+    return gns_measures(log->tensors, log->table.row[row].group);
 }
 
 // Starts the next field.
@@ -276,7 +276,7 @@ static inline void runlog_tensor_fields(RunLog* log, const StepStats* s) {
         int row, layer;
         tensor_at(&log->table, i, &row, &layer);
         if (!runlog_tracks(log, row)) { continue; }
-        bool measured = s->gns == GNS_ALL || (s->gns == GNS_LN && log->table.row[row].group == GROUP_LN);
+        bool measured = gns_measures(s->gns, log->table.row[row].group);
         // One example is its own mean: both are the same number, also where two ways of summing it round differently.
         double norm = sqrt(s->sq_sum[i]) / s->n, pegn = s->n == 1 ? norm : sqrt(s->sum_sq[i] / s->n);
         row_number(&log->row, norm, 15);
@@ -288,7 +288,7 @@ static inline void runlog_tensor_fields(RunLog* log, const StepStats* s) {
 static inline void runlog_group_fields(RunLog* log, const LogRow* r) {
     for (int g = 0; g < NUM_GNS_GROUPS; g++) {
         const GnsSample* sample = &r->samples[g];
-        bool measured = r->stats->gns == GNS_ALL || (r->stats->gns == GNS_LN && g == GNS_GROUP_LN);
+        bool measured = gns_measures(r->stats->gns, g);
         bool known = measured && r->estimates[g].valid;
         row_optional(&log->row, known, r->estimates[g].gns, 9);
         row_optional(&log->row, known, r->estimates[g].se, 9);

@@ -4,7 +4,7 @@ Run state as text, one "name value" line a field, exact: doubles are written as 
 A module whose state must survive a resume has one function that visits its fields, and that same function writes and
 reads them, so the list of fields exists once:
 
-    static inline void gns_state(StateFile* s, GnsTracker* t) { state_f64(s, "gns.tau", &t->tau); ... }
+    static inline void gns_state(StateFile* s, GnsTracker* t) { state_i64(s, "gns.count", &t->count); ... }
 
 Writing appends to a string in memory (checkpoint.h puts it on disk); reading takes the fields in the order in which they
 were written and, at the first that is missing, named otherwise or malformed, stores a message in `error` and leaves

@@ -307,6 +307,7 @@ static inline bool resume(Trainer* t, bool with_state) {
     if (with_state) {
         run_state(&s, &t->state, &t->identity);
         if (s.error[0] != '\0') { fatal("cannot resume from '%s': %s", path, s.error); }
+        controller_bound(&t->state.controller);
     }
     free(s.text);
     if (is_first_rank(t)) {
@@ -343,9 +344,9 @@ static inline void trainer_start(Trainer* t, BackendOpen open) {
     }
     if (o->out != NULL && !o->eval_only && is_first_rank(t)) {
         if (!folder_ensure(o->out, error, sizeof error)) { fatal("--out (-o): %s", error); }
-        write_config(t);
         runlog_open(&t->log, path_join(path, o->out, "log.csv"), &t->plan.config, o->log_tensors,
                     resumed ? t->state.tokens : -1);
+        write_config(t); // last: a resume that was refused changes nothing
     }
 }
 
@@ -409,7 +410,8 @@ static inline bool save(Trainer* t) {
     char error[PATH_SIZE + 256];
     char* text = state_text(t);
     if (is_first_rank(t)) { runlog_flush(&t->log); }
-    bool ok = checkpoint_save(o->out, t->state.step, &t->plan.config, &t->backend, text, o->keep, error, sizeof error);
+    const int keep = t->state.bad_streak > 0 ? 0 : o->keep; // a model that may be broken pushes out no good one
+    bool ok = checkpoint_save(o->out, t->state.step, &t->plan.config, &t->backend, text, keep, error, sizeof error);
     free(text);
     if (!ok) {
         warn("the checkpoint at step %" PRId64 " could not be saved: %s", t->state.step, error);
@@ -547,7 +549,7 @@ static inline int give_up(const Trainer* t) {
                 "%s%s; "
                 "try a lower --lr or a longer --warmup\n",
                 t->state.bad_streak, t->stats.loss, t->stats.grad_norm,
-                found ? "the last good checkpoint is " : "no checkpoint was saved", path);
+                found ? "the last checkpoint before them is " : "no checkpoint was saved", path);
     }
     return 1;
 }
@@ -558,8 +560,9 @@ static inline int train_loop(Trainer* t) {
     LogRow row;
     double first_loss, first_accuracy; // only said: the log's first row is that of the first step
     int status = 0;
+    bool due = false; // a checkpoint
     if (t->state.step == 0 && o->val_every.count > 0) { evaluate(t, &first_loss, &first_accuracy); }
-    for (bool last = false; !last && (double)t->state.tokens < t->plan.budget;) {
+    for (bool last = *stop_flag(); !last && (double)t->state.tokens < t->plan.budget;) {
         const int64_t before = t->state.tokens;
         train_step(t, &row);
         const int64_t now = t->state.tokens;
@@ -575,8 +578,11 @@ static inline int train_loop(Trainer* t) {
         }
         if (t->state.bad_streak >= o->max_bad_steps) { return give_up(t); }
         last = done || *stop_flag();
-        if (o->out != NULL && (last || interval_crossed(o->checkpoint_every, before, now))) {
+        // While steps are skipped the weights may be what is broken: the checkpoint waits for the next good step.
+        due = due || interval_crossed(o->checkpoint_every, before, now);
+        if (o->out != NULL && (last || (due && t->state.bad_streak == 0))) {
             status = save(t) ? 0 : 1;
+            due = false;
         }
     }
     return status;

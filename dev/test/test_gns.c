@@ -360,7 +360,7 @@ static void test_state(void) {
     StepStats stats = toy_stats(&toy->table);
     GnsTracker t, read;
     gns_tracker_init(&t, 50.0 * 8 * TOY_T);
-    memset(&read, 0, sizeof read);
+    gns_tracker_init(&read, t.tau); // a setting, not state
     for (int step = 0; step < 60; step++) {
         GnsSample s[NUM_GNS_GROUPS];
         toy_run_step(&backend, 4 + step % 5, step % 7 == 0 ? GNS_ALL : GNS_LN, &stats);

@@ -445,6 +445,17 @@ static void test_resume_after_kill(void) {
     CHECK(said("stdout", "finished:"));
 }
 
+// A run goes on under another schedule: the closed loop takes over from a fixed batch within its own bounds.
+static void test_resume_into_closed_loop(void) {
+    CHECK(run_with(spiky_open, TOY "-d 64 -x 20 -v 0 -o taken") == 0);
+    CHECK(run_with(spiky_open,
+                   TOY "-d 64 -x 60 -v 0 -o taken -y 1 --batch-schedule gns --batch-min 4 --batch-max 16") == 0);
+    Csv c = read_log("taken");
+    CHECK(c.rows > 20);
+    for (int i = 20; i < c.rows; i++) { CHECK(number_at(&c, i, "batch") >= 4 && number_at(&c, i, "batch") <= 16); }
+    free_log(&c);
+}
+
 static void test_resume_after_signal(void) {
     CHECK(run_with(spiky_open, LONG_RUN "-o whole") == 0);
     static const int signals[] = {SIGTERM, SIGINT, SIGTERM};
@@ -578,13 +589,13 @@ static void test_nan_steps(void) {
 static void test_too_many_bad_steps(void) {
     CHECK(run_with(nan_open, TOY "-d 64 -x 50 -n 3 -o lost --max-bad-steps 4") == 1);
     CHECK(said("stderr", "error: 4 steps in a row were skipped (--max-bad-steps)"));
-    CHECK(said("stderr", "the last good checkpoint is lost/checkpoints/step_00000006"));
+    CHECK(said("stderr", "the last checkpoint before them is lost/checkpoints/step_00000003"));
     Csv c = read_log("lost");
     CHECK(c.rows == 9);
     free_log(&c);
-    // the streak is part of the state: after a resume the first bad step is the fourth in a row
+    // no checkpoint is saved during the streak, so a resume starts before it and meets all of it again
     CHECK(run_with(nan_open, TOY "-d 64 -x 50 -n 1 -o streak --max-bad-steps 4") == 1);
-    CHECK(said("stderr", "the last good checkpoint is streak/checkpoints/step_00000008"));
+    CHECK(said("stderr", "the last checkpoint before them is streak/checkpoints/step_00000005"));
     CHECK(run_with(nan_open, TOY "-d 64 -x 50 -n 1 -o streak --max-bad-steps 4 -y 1") == 1);
     c = read_log("streak");
     CHECK(c.rows == 9);
@@ -774,6 +785,7 @@ int main(void) {
     RUN(test_shares_of_ranks);
     RUN(test_resume_after_kill);
     RUN(test_resume_after_signal);
+    RUN(test_resume_into_closed_loop);
     RUN(test_second_signal);
     RUN(test_resume_must_fit);
     RUN(test_output_is_protected);
