@@ -9,7 +9,7 @@ BUILD := build
 CFLAGS ?= -O3 -fno-math-errno -Wall -Wextra
 CLANG_FORMAT ?= $(or $(shell command -v clang-format-14 2>/dev/null),clang-format)
 
-.PHONY: info test asan demo bench check-cxx format format-check clean help FORCE
+.PHONY: info test test-gpu asan demo bench bench-gpu check-cxx format format-check clean help FORCE
 .DEFAULT_GOAL := train_gpt
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -49,7 +49,8 @@ CUDA := $(patsubst %/bin/nvcc,%,$(NVCC))
 NCCL := $(if $(NVCC),$(call try,-lnccl,-include nccl.h -I$(CUDA)/include -L$(CUDA)/lib64))
 ifeq ($(origin GPU_ARCH),undefined)
 GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
-GPU_ARCH := $(addprefix sm_,$(GPU_ARCH))
+# sm_90a is sm_90 with the instructions that only Hopper has.
+GPU_ARCH := $(patsubst sm_90,sm_90a,$(addprefix sm_,$(GPU_ARCH)))
 endif
 
 ifeq ($(MAKELEVEL),0)
@@ -146,13 +147,22 @@ help:: ## this list
 	@awk -F ':+ .*## ' '/^[a-z_-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The CUDA trainer
+# GPU operations: each has a program in dev/cuda that checks and times it, once in bf16 and once in fp32
 
-ifneq ($(wildcard train_gpt.cu),)
-train_gptcu: train_gpt.cu $(wildcard llmc/*.cuh llmc/*.h)
-	$(if $(NVCC),,$(error train_gptcu needs nvcc, which was not found: install the CUDA toolkit or say make NVCC=/path/to/nvcc))
-	$(NVCC) -std=c++17 -O3 $(addprefix -arch=,$(GPU_ARCH)) -I. $< -o $@ $(NCCL)
+NVCC_FLAGS = -std=c++17 -O3 -I. $(if $(GPU_ARCH),-gencode=arch=compute_$(GPU_ARCH:sm_%=%)$(comma)code=$(GPU_ARCH))
+comma := ,
+CUDA_NAMES := $(patsubst dev/cuda/%.cu,%,$(sort $(wildcard dev/cuda/*.cu)))
+CUDA_PROGRAMS := $(CUDA_NAMES:%=$(BUILD)/cuda_%) $(CUDA_NAMES:%=$(BUILD)/cuda_fp32_%)
+need_nvcc = $(if $(NVCC),,$(error this needs nvcc, which was not found: install the CUDA toolkit or say make NVCC=/path/to/nvcc))
 
-help::
-	@echo "make train_gptcu   the CUDA trainer (needs nvcc)"
-endif
+$(BUILD)/cuda_fp32_%: dev/cuda/%.cu $(BUILD)/flags
+	$(need_nvcc)$(NVCC) $(NVCC_FLAGS) -DPRECISION_FP32 -MMD -MF $@.d -MT $@ $< -o $@ -lcublasLt -lcublas
+
+$(BUILD)/cuda_%: dev/cuda/%.cu $(BUILD)/flags
+	$(need_nvcc)$(NVCC) $(NVCC_FLAGS) -MMD -MF $@.d -MT $@ $< -o $@ -lcublasLt -lcublas
+
+test-gpu: $(CUDA_PROGRAMS) ## checks every GPU operation on this machine's GPU, in bf16 and in fp32
+	@sh dev/test/run.sh $(CUDA_PROGRAMS:%='% check')
+
+bench-gpu: $(CUDA_NAMES:%=$(BUILD)/cuda_%) ## times every GPU operation beside its floor
+	@for program in $^; do echo "$$program" && $$program || exit 1; done

@@ -1,0 +1,248 @@
+// Checks attention.cuh against double, and times it. See harness.cuh.
+#include "llmc/attention.cuh"
+#include "dev/cuda/harness.cuh"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Plain double attention of one head
+
+struct Head {
+    int T, HS;
+    std::vector<double> q, k, v, out, lse; // (T, HS), lse (T); q and k as given
+    std::vector<double> dq, dk, dv;
+};
+
+// Divides the rows of x (T, HS) by their norms; returns the inverse norms.
+static std::vector<double> normalise(std::vector<double>& x, int T, int HS) {
+    std::vector<double> inverse((size_t)T);
+    for (int t = 0; t < T; t++) {
+        double square = 0;
+        for (int i = 0; i < HS; i++) { square += x[t * HS + i] * x[t * HS + i]; }
+        inverse[t] = 1 / std::max(sqrt(square), 1e-12);
+        for (int i = 0; i < HS; i++) { x[t * HS + i] *= inverse[t]; }
+    }
+    return inverse;
+}
+
+// The gradient dx (T, HS) at the unit rows x^ becomes that at the rows before their normalisation.
+static void normalise_backward(std::vector<double>& dx, const std::vector<double>& unit,
+                               const std::vector<double>& inverse, int T, int HS) {
+    for (int t = 0; t < T; t++) {
+        double dot = 0;
+        for (int i = 0; i < HS; i++) { dot += dx[t * HS + i] * unit[t * HS + i]; }
+        if (inverse[t] >= 1e12) { dot = 0; }
+        for (int i = 0; i < HS; i++) { dx[t * HS + i] = (dx[t * HS + i] - unit[t * HS + i] * dot) * inverse[t]; }
+    }
+}
+
+// From q, k, v and dout (T, HS) to everything else.
+static void reference_head(Head& h, const std::vector<double>& dout, double scale, bool cosine) {
+    const int T = h.T, HS = h.HS;
+    std::vector<double> q = h.q, k = h.k, p((size_t)T), q_inverse, k_inverse;
+    if (cosine) {
+        q_inverse = normalise(q, T, HS);
+        k_inverse = normalise(k, T, HS);
+    }
+    auto dot = [&](const std::vector<double>& a, int i, const std::vector<double>& b, int j) {
+        double sum = 0;
+        for (int c = 0; c < HS; c++) { sum += a[i * HS + c] * b[j * HS + c]; }
+        return sum;
+    };
+    h.out.assign((size_t)(T * HS), 0);
+    h.lse.assign((size_t)T, 0);
+    h.dq = h.dk = h.dv = h.out;
+    for (int i = 0; i < T; i++) {
+        double top = -INFINITY, sum = 0;
+        for (int j = 0; j <= i; j++) { top = std::max(top, p[j] = scale * dot(q, i, k, j)); }
+        for (int j = 0; j <= i; j++) { sum += p[j] = exp(p[j] - top); }
+        h.lse[i] = top + log(sum);
+        for (int j = 0; j <= i; j++) {
+            p[j] /= sum;
+            for (int c = 0; c < HS; c++) { h.out[i * HS + c] += p[j] * h.v[j * HS + c]; }
+        }
+        const double delta = dot(dout, i, h.out, i);
+        for (int j = 0; j <= i; j++) {
+            const double ds = scale * p[j] * (dot(dout, i, h.v, j) - delta);
+            for (int c = 0; c < HS; c++) {
+                h.dv[j * HS + c] += p[j] * dout[i * HS + c];
+                h.dq[i * HS + c] += ds * k[j * HS + c];
+                h.dk[j * HS + c] += ds * q[i * HS + c];
+            }
+        }
+    }
+    if (cosine) {
+        normalise_backward(h.dq, q, q_inverse, T, HS);
+        normalise_backward(h.dk, k, k_inverse, T, HS);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checks
+
+// x[first + t * stride + i] for t < T, i < HS
+template <class T> std::vector<T> head_of(const std::vector<T>& x, size_t first, size_t stride, int rows, int HS) {
+    std::vector<T> head;
+    for (int t = 0; t < rows; t++) {
+        for (int i = 0; i < HS; i++) { head.push_back(x[first + (size_t)t * stride + (size_t)i]); }
+    }
+    return head;
+}
+template <class T> std::vector<double> to_double(const std::vector<T>& x) {
+    std::vector<double> y;
+    for (const T& value : x) { y.push_back((double)to_float(value)); }
+    return y;
+}
+
+struct Result {
+    std::vector<floatX> out, dqkv;
+    std::vector<float> lse;
+};
+
+static Result run_once(const Attention& a, const std::vector<floatX>& qkv, const std::vector<floatX>& dout) {
+    floatX *d_qkv = device_copy(qkv), *d_dout = device_copy(dout);
+    floatX *out = device_alloc<floatX>(dout.size()), *dqkv = device_alloc<floatX>(qkv.size());
+    float* lse = device_alloc<float>((size_t)a.B * a.NH * a.T);
+    char* scratch = device_alloc<char>(attention_scratch_bytes(a));
+    attention_forward(out, lse, d_qkv, scratch, a, 0);
+    attention_backward(dqkv, d_dout, out, lse, d_qkv, scratch, a, 0);
+    const Result r = {host_copy(out, dout.size()), host_copy(dqkv, qkv.size()),
+                      host_copy(lse, (size_t)a.B * a.NH * a.T)};
+    for (void* p : {(void*)d_qkv, (void*)d_dout, (void*)out, (void*)dqkv, (void*)lse, (void*)scratch}) {
+        cuda_check(cudaFree(p));
+    }
+    return r;
+}
+
+// Tolerances. fp32: sums of up to T + HS terms of rounding 6e-8. bf16: the outputs are rounded (1.7e-3 of the norm), and so are
+// probabilities, ds and the out that the backward pass reads: each a like amount, averaged over many terms. With one
+// token dq and dk are zero but for rounding: then the bound is absolute, which check_close sees by itself.
+static void check_attention(int B, int T, int NH, int HS, bool cosine, double std) {
+    const bool fp32 = sizeof(floatX) == 4;
+    const size_t C = (size_t)NH * HS, tokens = (size_t)B * T;
+    const Attention a = {B, T, NH, HS, (float)((cosine ? 8.0 : 1.0) / sqrt((double)HS)), cosine};
+    std::vector<floatX> qkv = random_normal<floatX>(tokens * 3 * C, 0, std, 11 + (uint64_t)(T * HS));
+    const std::vector<floatX> dout = random_normal<floatX>(tokens * C, 0, 1, 12 + (uint64_t)(T * HS));
+    if (cosine) { // a row whose norm lies below the floor
+        for (int i = 0; i < HS; i++) { qkv[(tokens - 1) * 3 * C + (size_t)i] = (floatX)0.0f; }
+    }
+    const Result r = run_once(a, qkv, dout), again = run_once(a, qkv, dout);
+    std::vector<double> out, lse, grad[3];
+    std::vector<floatX> r_out, r_grad[3];
+    for (int b = 0; b < B; b++) {
+        for (int n = 0; n < NH; n++) {
+            const size_t at = (size_t)b * T * 3 * C + (size_t)(n * HS), o = (size_t)b * T * C + (size_t)(n * HS);
+            Head h;
+            h.T = T;
+            h.HS = HS;
+            h.q = to_double(head_of(qkv, at, 3 * C, T, HS));
+            h.k = to_double(head_of(qkv, at + C, 3 * C, T, HS));
+            h.v = to_double(head_of(qkv, at + 2 * C, 3 * C, T, HS));
+            reference_head(h, to_double(head_of(dout, o, C, T, HS)), (double)a.scale, cosine);
+            // the row below the floor has a gradient 1e12 times the others'
+            const std::vector<double>* grads[3] = {&h.dq, &h.dk, &h.dv};
+            for (int g = 0; g < 3; g++) {
+                const std::vector<floatX> own = head_of(r.dqkv, at + (size_t)g * C, 3 * C, T, HS);
+                const bool floored = cosine && g == 0 && n == 0 && b == B - 1;
+                const size_t size = (size_t)(floored ? T - 1 : T) * HS;
+                grad[g].insert(grad[g].end(), grads[g]->begin(), grads[g]->begin() + size);
+                r_grad[g].insert(r_grad[g].end(), own.begin(), own.begin() + size);
+                if (floored && T > 1) {
+                    check_close("dq below the floor", std::vector<floatX>(own.begin() + size, own.end()),
+                                std::vector<double>(grads[g]->begin() + size, grads[g]->end()), fp32 ? 1e-5 : 3e-2);
+                }
+            }
+            const std::vector<floatX> own = head_of(r.out, o, C, T, HS);
+            out.insert(out.end(), h.out.begin(), h.out.end());
+            r_out.insert(r_out.end(), own.begin(), own.end());
+            lse.insert(lse.end(), h.lse.begin(), h.lse.end());
+        }
+    }
+    char what[128];
+    snprintf(what, sizeof what, "B %d, T %d, NH %d, HS %d%s", B, T, NH, HS, cosine ? ", cosine" : "");
+    auto name = [&](const char* part) {
+        static char text[160];
+        snprintf(text, sizeof text, "%s: %s", what, part);
+        return text;
+    };
+    check_close(name("out"), r_out, out, fp32 ? 1e-5 : 5e-3);
+    check_close(name("lse"), r.lse, lse, fp32 ? 1e-5 : cosine ? 2e-3 : 1e-5);
+    check_close(name("dq"), r_grad[0], grad[0], fp32 ? 2e-5 : 1e-2);
+    check_close(name("dk"), r_grad[1], grad[1], fp32 ? 2e-5 : 1e-2);
+    check_close(name("dv"), r_grad[2], grad[2], fp32 ? 1e-5 : 5e-3);
+    check_same_bits(name("out, same bits"), r.out, again.out);
+    check_same_bits(name("dqkv, same bits"), r.dqkv, again.dqkv);
+    check_same_bits(name("lse, same bits"), r.lse, again.lse);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Times
+
+static void time_attention(int B, int NH, int T, int HS, bool cosine, double bandwidth) {
+    const Attention a = {B, T, NH, HS, (float)(1 / sqrt((double)HS)), cosine};
+    const size_t N = (size_t)B * T * NH * HS, rows = (size_t)B * NH * T;
+    const int sets = buffer_sets(8 * N * sizeof(floatX));
+    const std::vector<floatX> values = random_normal<floatX>((size_t)1 << 22, 0, 1, 5);
+    std::vector<floatX*> qkv, out, dout, dqkv;
+    std::vector<float*> lse;
+    auto filled = [&](size_t n) {
+        floatX* p = device_alloc<floatX>(n);
+        for (size_t i = 0; i < n; i += values.size()) {
+            cuda_check(cudaMemcpy(p + i, values.data(), std::min(n - i, values.size()) * sizeof(floatX),
+                                  cudaMemcpyHostToDevice));
+        }
+        return p;
+    };
+    for (int i = 0; i < sets; i++) {
+        qkv.push_back(filled(3 * N));
+        dout.push_back(filled(N));
+        out.push_back(device_alloc<floatX>(N));
+        dqkv.push_back(device_alloc<floatX>(3 * N));
+        lse.push_back(device_alloc<float>(rows));
+    }
+    char* scratch = device_alloc<char>(attention_scratch_bytes(a));
+    const double forward = median_us([&](int i) {
+        const int s = i % sets;
+        attention_forward(out[s], lse[s], qkv[s], scratch, a, 0);
+    });
+    const double backward = median_us([&](int i) {
+        const int s = i % sets;
+        attention_backward(dqkv[s], dout[s], out[s], lse[s], qkv[s], scratch, a, 0);
+    });
+    const double flops = 2.0 * B * NH * T * (double)T * HS, x = sizeof(floatX);
+    char what[128];
+    const char* kind = cosine ? ", cosine" : "";
+    snprintf(what, sizeof what, "forward  B %d, %d heads, T %d, d %d%s: %.0f TFLOP/s", B, NH, T, HS, kind,
+             flops / forward / 1e6);
+    print_row(what, forward, 4 * x * (double)N + 4.0 * (double)rows, bandwidth);
+    snprintf(what, sizeof what, "backward B %d, %d heads, T %d, d %d%s: %.0f TFLOP/s", B, NH, T, HS, kind,
+             2.5 * flops / backward / 1e6);
+    print_row(what, backward, 8 * x * (double)N + 4.0 * (double)rows, bandwidth);
+    for (int i = 0; i < sets; i++) {
+        for (void* p : {(void*)qkv[i], (void*)out[i], (void*)dout[i], (void*)dqkv[i], (void*)lse[i]}) {
+            cuda_check(cudaFree(p));
+        }
+    }
+    cuda_check(cudaFree(scratch));
+}
+
+int main(int argc, char** argv) {
+    for (int HS : {16, 48, 64, 80, 128}) {
+        for (int T : {1, 17, 64, 100, 257}) { check_attention(2, T, 3, HS, false, 1); }
+        check_attention(1, 100, 2, HS, true, 1);
+    }
+    for (int HS : {32, 96, 112}) { check_attention(1, 129, 1, HS, false, 1); }
+    check_attention(1, 1, 1, 64, true, 1);
+    check_attention(3, 257, 2, 64, true, 0.02); // cosine attention does not see the size of q and k
+    check_attention(1, 257, 2, 64, false, 4);   // probabilities near 0 and 1
+    check_attention(1, 700, 1, 64, false, 1);   // several blocks of queries and keys
+    check_attention(1, 700, 1, 128, false, 1);
+    const int status = check_summary();
+    if (argc > 1 && strcmp(argv[1], "check") == 0) { return status; }
+    const double bandwidth = copy_bandwidth();
+    printf("copy: %.0f GB/s; TFLOP/s count the causal half: 4*B*NH*T*T*d/2 forward, 2.5 times that backward\n",
+           bandwidth / 1e9);
+    time_attention(64, 12, 1024, 64, false, bandwidth);
+    time_attention(32, 12, 2048, 64, false, bandwidth);
+    time_attention(8, 16, 4096, 128, false, bandwidth);
+    time_attention(32, 12, 2048, 64, true, bandwidth);
+    return status;
+}
