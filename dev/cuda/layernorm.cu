@@ -75,7 +75,7 @@ struct Backward {
     double sum_sq[2];
 };
 
-// What layernorm_backward makes of the sums and of dinp; norms: bit 0 of the weight, bit 1 of the bias.
+// What layernorm_backward leaves behind.
 struct BackwardResult {
     std::vector<floatX> dinp;
     std::vector<float> dweight, dbias;
@@ -91,11 +91,12 @@ static Backward random_backward(int B, int T, int C) {
     p.weight = random_normal<floatX>(C, 1, 0.3, 14);
     p.dweight = random_normal<float>(C, 0, 1, 15);
     p.dbias = random_normal<float>(C, 0, 1, 16);
-    p.mean = random_normal<float>(N, 0.5, 0.1, 17); // of a kernel that takes them as they come
+    p.mean = random_normal<float>(N, 0.5, 0.1, 17); // the kernel takes any, whether they are inp's or not
     p.rstd = random_normal<float>(N, 0.5, 0.1, 18);
     return p;
 }
 
+// norms: bit 0 asks for the weight's, bit 1 for the bias's.
 static BackwardResult run_backward(const Backward& p, int norms) {
     floatX *dinp = device_copy(p.dinp), *dout = device_copy(p.dout), *inp = device_copy(p.inp);
     floatX* weight = device_copy(p.weight);
