@@ -774,6 +774,20 @@ static void pack_columns(real* to, const real* x, size_t stride, int t0, int t1,
     }
 }
 
+// All columns: a block of (HP, NR) for each NR rows.
+static void pack_column_blocks(real* to, const real* x, size_t stride, int T, int HS) {
+    const size_t HP = round_up((size_t)HS, MR);
+    for (int t = 0; t < T; t += NR) { pack_columns(to + (size_t)t * HP, x, stride, t, min_int(t + NR, T), HS); }
+}
+
+// What both passes need of a head: q and k as the scores take them, and k packed for the scores.
+static void load_queries_and_keys(HeadScratch* h, const Attention* a, const real* q, const real* k, int HS) {
+    const size_t stride = 3 * (size_t)a->C;
+    load_head(h->q, h->q_inverse, q, stride, a->T, HS, a->scale, a->cosine);
+    load_head(h->k, h->k_inverse, k, stride, a->T, HS, 1, a->cosine);
+    pack_rows(h->k_rows, h->k, (size_t)HS, a->T, HS);
+}
+
 // One block of queries against the keys up to it; the running maximum and sum make the softmax (Milakov & Gimelshein 2018).
 static void attention_forward_block(HeadScratch* h, const Attention* a, real* out, real* lse, int HS, int q0) {
     const size_t HP = round_up((size_t)HS, MR);
@@ -816,19 +830,15 @@ static void attention_forward_block(HeadScratch* h, const Attention* a, real* ou
 // out (B, T, C), lse (B, NH, T): log of the sum of exponentials, for the backward pass
 static void attention_forward(Workspace* ws, real* out, real* lse, Attention a) {
     const int HS = a.C / a.NH;
-    const size_t stride = 3 * (size_t)a.C, HP = round_up((size_t)HS, MR);
+    const size_t stride = 3 * (size_t)a.C;
     head_scratch(ws, -1, a.T, HS);
 #pragma omp parallel for schedule(static)
     for (int bh = 0; bh < a.B * a.NH; bh++) {
         HeadScratch h = head_scratch(ws, thread_index(), a.T, HS);
         const size_t b = (size_t)(bh / a.NH), head = (size_t)(bh % a.NH) * (size_t)HS, T = (size_t)a.T;
         const real *q = a.qkv + b * T * stride + head, *k = q + a.C, *v = k + a.C;
-        load_head(h.q, h.q_inverse, q, stride, a.T, HS, a.scale, a.cosine);
-        load_head(h.k, h.k_inverse, k, stride, a.T, HS, 1, a.cosine);
-        pack_rows(h.k_rows, h.k, (size_t)HS, a.T, HS);
-        for (int k0 = 0; k0 < a.T; k0 += NR) {
-            pack_columns(h.v_cols + (size_t)k0 * HP, v, stride, k0, min_int(k0 + NR, a.T), HS);
-        }
+        load_queries_and_keys(&h, &a, q, k, HS);
+        pack_column_blocks(h.v_cols, v, stride, a.T, HS);
         for (int q0 = 0; q0 < a.T; q0 += NR) {
             attention_forward_block(&h, &a, out + b * T * (size_t)a.C + head, lse + (size_t)bh * T, HS, q0);
         }
@@ -884,13 +894,9 @@ static void attention_backward(Workspace* ws, real* dqkv, const real* dout, cons
         const size_t b = (size_t)(bh / a.NH), head = (size_t)(bh % a.NH) * (size_t)HS, T = (size_t)a.T;
         const real *q = a.qkv + b * T * stride + head, *k = q + a.C, *v = k + a.C;
         real *dq = dqkv + b * T * stride + head, *dk = dq + a.C, *dv = dk + a.C;
-        load_head(h.q, h.q_inverse, q, stride, a.T, HS, a.scale, a.cosine);
-        load_head(h.k, h.k_inverse, k, stride, a.T, HS, 1, a.cosine);
-        pack_rows(h.k_rows, h.k, (size_t)HS, a.T, HS);
+        load_queries_and_keys(&h, &a, q, k, HS);
         pack_rows(h.v_rows, v, stride, a.T, HS);
-        for (int k0 = 0; k0 < a.T; k0 += NR) {
-            pack_columns(h.k_cols + (size_t)k0 * HP, h.k, (size_t)HS, k0, min_int(k0 + NR, a.T), HS);
-        }
+        pack_column_blocks(h.k_cols, h.k, (size_t)HS, a.T, HS);
         memset(h.dk, 0, TP * HP * sizeof(real));
         memset(h.dv, 0, TP * HP * sizeof(real));
         for (int q0 = 0; q0 < a.T; q0 += NR) {
