@@ -15,7 +15,6 @@ without, the bits of dbias are the same.
 #define LLMC_BIAS_CUH
 
 #include "cuda_common.cuh"
-#include "global_norm.cuh" // block_sum_double
 
 enum { BIAS_ROWS = 128, BIAS_WARPS = 8, BIAS_STRIP = WARP * Vec16<floatX>::size };
 enum { BIAS_LOADS = 8 }; // vectors that a thread loads before it adds them up
@@ -109,19 +108,9 @@ __global__ void __launch_bounds__(WARP* BIAS_FOLD_WARPS, 1)
         dbias[column] += alpha * all;
     }
     if (NORMS) {
-        const double found = block_sum_double(square, scratch);
+        const double found = block_sum(square, scratch);
         if (threadIdx.x == 0) { squares[blockIdx.x] = found; }
     }
-}
-
-// *sum_sq += alpha^2 * sum of squares (n); one block
-__global__ void __launch_bounds__(256)
-    bias_squares_kernel(double* sum_sq, const double* __restrict__ squares, float alpha, int n) {
-    __shared__ double scratch[WARP];
-    double sum = 0;
-    for (int i = threadIdx.x; i < n; i += 256) { sum += squares[i]; }
-    const double total = block_sum_double(sum, scratch);
-    if (threadIdx.x == 0) { *sum_sq += (double)alpha * (double)alpha * total; }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -148,10 +137,7 @@ static inline void bias_backward(float* dbias, double* sum_sq, void* scratch, co
     const auto fold = sum_sq != NULL ? bias_fold_kernel<true> : bias_fold_kernel<false>;
     fold<<<folds, WARP * BIAS_FOLD_WARPS, 0, stream>>>(dbias, squares, partial, alpha, B, chunks, OC, per);
     cuda_check_launch();
-    if (sum_sq != NULL) {
-        bias_squares_kernel<<<1, 256, 0, stream>>>(sum_sq, squares, alpha, folds);
-        cuda_check_launch();
-    }
+    if (sum_sq != NULL) { partial_sum(sum_sq, squares, (double)alpha * (double)alpha, folds, stream); }
 }
 
 #endif

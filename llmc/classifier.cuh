@@ -30,29 +30,6 @@ enum { CLASSIFIER_GATHER_THREADS = 256, CLASSIFIER_GATHER_ROWS = 8 };
 #define CLASSIFIER_LOG2E 1.44269504088896341f
 #define CLASSIFIER_LN2   0.693147180559945309f
 
-// 2^x within 2 ulp; below 2^-126 it is 0.
-__device__ __forceinline__ float classifier_exp2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// Starts to copy 16 bytes from device to shared memory; a group of such copies ends with a commit.
-__device__ __forceinline__ void classifier_fetch(floatX* shared, const floatX* global) {
-    const unsigned to = (unsigned)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-}
-__device__ __forceinline__ void classifier_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until all of this thread's groups but the newest `pending` have arrived.
-__device__ __forceinline__ void classifier_wait(int pending) {
-    switch (pending) {
-    case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
-    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
-    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
-    default: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
-    }
-}
-
 // Joins the columns at, at + 1, ... of a row, those below limit, to sum = sum of 2^(x log2(e) - top).
 __device__ __forceinline__ void classifier_add(const Vec16<floatX>& x, int at, int limit, float& top, float& sum) {
     const int W = Vec16<floatX>::size;
@@ -65,17 +42,17 @@ __device__ __forceinline__ void classifier_add(const Vec16<floatX>& x, int at, i
     for (int j = 1; j < W; j++) { largest = fmaxf(largest, f[j]); }
     largest *= CLASSIFIER_LOG2E;
     if (largest > top) {
-        sum *= classifier_exp2(top - largest);
+        sum *= exp2_approx(top - largest);
         top = largest;
     }
-    for (int j = 0; j < W; j++) { sum += classifier_exp2(fmaf(f[j], CLASSIFIER_LOG2E, -top)); }
+    for (int j = 0; j < W; j++) { sum += exp2_approx(fmaf(f[j], CLASSIFIER_LOG2E, -top)); }
 }
 
 // From each thread's top and sum to the row's, in every thread. scratch: (2, 32) in shared memory. Between two calls with
 // the same scratch no further barrier is needed: each half is read before the barrier inside the sum over the other.
 __device__ __forceinline__ void classifier_join(float& top, float& sum, float (*scratch)[WARP]) {
     const float row_top = block_max(top, scratch[0]);
-    sum = block_sum(sum * classifier_exp2(top - row_top), scratch[1]);
+    sum = block_sum(sum * exp2_approx(top - row_top), scratch[1]);
     top = row_top;
 }
 
@@ -90,7 +67,7 @@ __device__ __forceinline__ Vec16<floatX> classifier_gradient(const Vec16<floatX>
     const int W = Vec16<floatX>::size;
     Vec16<floatX> out;
     float g[W];
-    for (int j = 0; j < W; j++) { g[j] = factor * classifier_exp2(fmaf((float)x[j], CLASSIFIER_LOG2E, -top)); }
+    for (int j = 0; j < W; j++) { g[j] = factor * exp2_approx(fmaf((float)x[j], CLASSIFIER_LOG2E, -top)); }
     if (target >= at && target < at + W) {
         for (int j = 0; j < W; j++) { g[j] -= at + j == target ? scale : 0.0f; }
     }
@@ -116,9 +93,9 @@ __global__ void __launch_bounds__(CLASSIFIER_THREADS, 2)
     if (CACHED) {
         for (int q = 0; q < CLASSIFIER_QUARTERS; q++) {
             for (int i = q * quarter + thread; i < min(vectors, (q + 1) * quarter); i += CLASSIFIER_THREADS) {
-                classifier_fetch(cache + i * W, logits + (size_t)blockIdx.x * Vp + i * W);
+                copy16_ahead(cache + i * W, logits + (size_t)blockIdx.x * Vp + i * W);
             }
-            classifier_commit();
+            copies_issued();
         }
     }
     int target = targets[blockIdx.x];
@@ -129,7 +106,7 @@ __global__ void __launch_bounds__(CLASSIFIER_THREADS, 2)
         float top = -FLT_MAX, sum = 0;
 #pragma unroll
         for (int q = 0; q < CLASSIFIER_QUARTERS; q++) {
-            if (CACHED) { classifier_wait(CLASSIFIER_QUARTERS - 1 - q); }
+            if (CACHED) { copies_wait(CLASSIFIER_QUARTERS - 1 - q); }
             for (int i = q * quarter + thread; i < min(vectors, (q + 1) * quarter); i += CLASSIFIER_THREADS) {
                 classifier_add(load16(from + i * W), i * W, limit, top, sum);
             }
@@ -147,9 +124,9 @@ __global__ void __launch_bounds__(CLASSIFIER_THREADS, 2)
         for (int q = 0; q < CLASSIFIER_QUARTERS; q++) {
             for (int i = q * quarter + thread; i < min(vectors, (q + 1) * quarter); i += CLASSIFIER_THREADS) {
                 store16(x + i * W, classifier_gradient(load16(from + i * W), i * W, limit, target, top, factor, scale));
-                if (CACHED && more) { classifier_fetch(cache + i * W, next + i * W); }
+                if (CACHED && more) { copy16_ahead(cache + i * W, next + i * W); }
             }
-            if (CACHED) { classifier_commit(); }
+            if (CACHED) { copies_issued(); }
         }
         target = next_target;
     }

@@ -1,5 +1,6 @@
 /*
-What every GPU operation stands on: error checks, the activation type, 16-byte vectors, sums over warps and blocks.
+What every GPU operation stands on: error checks, the activation type, 16-byte vectors, copies that run ahead, fast
+exponentials, sums over warps and blocks.
 
 floatX is the type of weights and activations: bf16, or float in a build with -DPRECISION_FP32. Everything that is summed
 (gradients, norms, losses, statistics) is float, and every sum has an order that the shapes alone decide: no float atomics,
@@ -61,10 +62,46 @@ template <class T> __device__ __forceinline__ void store16_once(T* p, const Vec1
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Copies from device to shared memory that run beside the thread (cp.async)
+
+// Starts to copy 16 bytes, past the first-level cache, or 4.
+__device__ __forceinline__ void copy16_ahead(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+                 "l"(global)
+                 : "memory");
+}
+__device__ __forceinline__ void copy4_ahead(void* shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+                 "l"(global)
+                 : "memory");
+}
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all of this thread's groups but the newest `pending`, at most 3, have arrived.
+__device__ __forceinline__ void copies_wait(int pending) {
+    switch (pending) {
+    case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
+    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
+    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
+    default: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Arithmetic
+
+// 2^x within 2 ulp. What is below the smallest normal number becomes 0; infinity and NaN are kept.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Sums and maxima
 
-// Of the 32 lanes, in every lane; always the same order.
-__device__ __forceinline__ float warp_sum(float x) {
+// Of the 32 lanes, in every lane; always the same order. T is any type of number.
+template <class T> __device__ __forceinline__ T warp_sum(T x) {
     for (int offset = WARP / 2; offset > 0; offset /= 2) { x += __shfl_xor_sync(0xffffffff, x, offset); }
     return x;
 }
@@ -73,14 +110,14 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Of all threads of a block (a multiple of 32, at most 1024), in every thread. scratch: (32) floats of shared memory,
-// free for other use after the next __syncthreads().
-__device__ __forceinline__ float block_sum(float x, float* scratch) {
+// Of all threads of a block (a multiple of 32, at most 1024), in every thread. scratch: a number for each warp, in shared
+// memory, free for other use after the next __syncthreads().
+template <class T> __device__ __forceinline__ T block_sum(T x, T* scratch) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     x = warp_sum(x);
     if (lane == 0) { scratch[warp] = x; }
     __syncthreads();
-    return warp_sum(lane < warps ? scratch[lane] : 0.0f);
+    return warp_sum(lane < warps ? scratch[lane] : (T)0);
 }
 __device__ __forceinline__ float block_max(float x, float* scratch) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -88,6 +125,24 @@ __device__ __forceinline__ float block_max(float x, float* scratch) {
     if (lane == 0) { scratch[warp] = x; }
     __syncthreads();
     return warp_max(lane < warps ? scratch[lane] : -INFINITY);
+}
+
+enum { PARTIAL_THREADS = 256 };
+
+// One block: *sum += scale * all of partial (count), in double
+__global__ void __launch_bounds__(PARTIAL_THREADS)
+    partial_sum_kernel(double* sum, const double* partial, double scale, int count) {
+    __shared__ double scratch[WARP];
+    double x = 0;
+    for (int i = threadIdx.x; i < count; i += PARTIAL_THREADS) { x += partial[i]; }
+    x = block_sum(x, scratch);
+    if (threadIdx.x == 0) { *sum += scale * x; }
+}
+
+// What the blocks of a kernel left, one number each, joins *sum.
+static inline void partial_sum(double* sum, const double* partial, double scale, int count, cudaStream_t stream) {
+    partial_sum_kernel<<<1, PARTIAL_THREADS, 0, stream>>>(sum, partial, scale, count);
+    cuda_check_launch();
 }
 
 #endif

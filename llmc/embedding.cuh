@@ -61,17 +61,6 @@ __device__ __forceinline__ void embedding_store(float* to, const float* sum) {
     }
 }
 
-// Of all threads of a block, in thread 0. scratch: (32) in shared memory.
-__device__ __forceinline__ double embedding_block_sum(double x, double* scratch) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    for (int offset = WARP / 2; offset > 0; offset /= 2) { x += __shfl_xor_sync(0xffffffff, x, offset); }
-    if (lane == 0) { scratch[warp] = x; }
-    __syncthreads();
-    x = 0;
-    for (int w = 0; w < warps; w++) { x += scratch[w]; }
-    return x;
-}
-
 // A warp a row. out (B, T, C), tokens (B, T), wte (Vp, C), wpe (maxT, C)
 __global__ void __launch_bounds__(EMBEDDING_THREADS)
     embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, float mult, int N,
@@ -241,18 +230,8 @@ __global__ void __launch_bounds__(EMBEDDING_THREADS)
         for (int j = 0; j < W; j++) { s += mult * e[j] * (mult * e[j] + 2 * (float)u[j]); }
         total += (double)s;
     }
-    total = embedding_block_sum(total, scratch);
+    total = block_sum(total, scratch);
     if (threadIdx.x == 0) { partial[blockIdx.x] = total; }
-}
-
-// One block: *sum += all of partial (count)
-__global__ void __launch_bounds__(EMBEDDING_THREADS)
-    embedding_add_partial_kernel(double* sum, const double* partial, int count) {
-    __shared__ double scratch[WARP];
-    double x = 0;
-    for (int i = threadIdx.x; i < count; i += EMBEDDING_THREADS) { x += partial[i]; }
-    x = embedding_block_sum(x, scratch);
-    if (threadIdx.x == 0) { *sum += x; }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -324,16 +303,12 @@ static inline void embedding_backward(float* dwte, float* dwpe, double* sum_sq_w
     embedding_positions_kernel<<<T * tiles, EMBEDDING_THREADS, 0, stream>>>(dwpe, sum_sq_wpe != NULL ? s.partial : NULL,
                                                                             dout, mult, B, T, C);
     cuda_check_launch();
-    if (sum_sq_wpe != NULL) {
-        embedding_add_partial_kernel<<<1, EMBEDDING_THREADS, 0, stream>>>(sum_sq_wpe, s.partial, T * tiles);
-        cuda_check_launch();
-    }
+    if (sum_sq_wpe != NULL) { partial_sum(sum_sq_wpe, s.partial, 1, T * tiles, stream); }
     if (sum_sq_wte != NULL) {
         embedding_norm_kernel<<<EMBEDDING_NORM_BLOCKS, EMBEDDING_THREADS, 0, stream>>>(s.partial, dout, head_rows,
                                                                                        s.sorted, mult, N, T, C);
         cuda_check_launch();
-        embedding_add_partial_kernel<<<1, EMBEDDING_THREADS, 0, stream>>>(sum_sq_wte, s.partial, EMBEDDING_NORM_BLOCKS);
-        cuda_check_launch();
+        partial_sum(sum_sq_wte, s.partial, 1, EMBEDDING_NORM_BLOCKS, stream);
     }
 }
 

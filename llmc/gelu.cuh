@@ -19,12 +19,7 @@ backward  reads dout and inp, writes dinp and once more the output, which the ne
 
 enum { GELU_THREADS = 256, GELU_VECTORS = 2 }; // a thread's vectors of 16 bytes, all loaded before any is used
 
-// 2^x and 1/x. What is below the smallest normal number becomes 0; infinity and NaN are kept.
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+// 1/x within 1 ulp. What is below the smallest normal number counts as 0; infinity and NaN are kept.
 __device__ __forceinline__ float reciprocal_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -57,45 +52,20 @@ template <int FORM> __device__ __forceinline__ float gelu_one(float x, float* sl
     return x * s;
 }
 
-// n vectors of 16 bytes
-template <int FORM>
+// out = gelu(inp), and if BACKWARD dinp = dout * gelu'(inp) in place of dout; n vectors of 16 bytes
+template <int FORM, bool BACKWARD>
 __global__ void __launch_bounds__(GELU_THREADS)
-    gelu_forward_kernel(floatX* __restrict__ out, const floatX* __restrict__ inp, size_t n) {
-    constexpr int W = Vec16<floatX>::size;
-    const size_t first = (size_t)blockIdx.x * (GELU_THREADS * GELU_VECTORS) + threadIdx.x;
-    Vec16<floatX> x[GELU_VECTORS];
-#pragma unroll
-    for (int j = 0; j < GELU_VECTORS; j++) {
-        const size_t i = first + j * GELU_THREADS;
-        if (i < n) { x[j] = load16(inp + i * W); }
-    }
-#pragma unroll
-    for (int j = 0; j < GELU_VECTORS; j++) {
-        const size_t i = first + j * GELU_THREADS;
-        if (i >= n) { break; }
-        for (int k = 0; k < W; k++) {
-            float slope;
-            x[j][k] = (floatX)gelu_one<FORM>((float)x[j][k], &slope);
-        }
-        store16(out + i * W, x[j]);
-    }
-}
-
-// n vectors of 16 bytes
-template <int FORM>
-__global__ void __launch_bounds__(GELU_THREADS)
-    gelu_backward_kernel(floatX* __restrict__ dout_dinp, floatX* __restrict__ out, const floatX* __restrict__ inp,
-                         size_t n) {
+    gelu_kernel(floatX* __restrict__ dout_dinp, floatX* __restrict__ out, const floatX* __restrict__ inp, size_t n) {
     constexpr int W = Vec16<floatX>::size;
     const size_t first = (size_t)blockIdx.x * (GELU_THREADS * GELU_VECTORS) + threadIdx.x;
     Vec16<floatX> x[GELU_VECTORS], d[GELU_VECTORS];
 #pragma unroll
     for (int j = 0; j < GELU_VECTORS; j++) {
         const size_t i = first + j * GELU_THREADS;
-        if (i < n) {
-            x[j] = load16_once(inp + i * W);
-            d[j] = load16(dout_dinp + i * W);
-        }
+        if (i >= n) { break; }
+        x[j] =
+            BACKWARD ? load16_once(inp + i * W) : load16(inp + i * W); // the backward pass comes back to forward's inp
+        if (BACKWARD) { d[j] = load16(dout_dinp + i * W); }
     }
 #pragma unroll
     for (int j = 0; j < GELU_VECTORS; j++) {
@@ -104,35 +74,38 @@ __global__ void __launch_bounds__(GELU_THREADS)
         for (int k = 0; k < W; k++) {
             float slope;
             x[j][k] = (floatX)gelu_one<FORM>((float)x[j][k], &slope);
-            d[j][k] = (floatX)((float)d[j][k] * slope);
+            if (BACKWARD) { d[j][k] = (floatX)((float)d[j][k] * slope); }
         }
         store16(out + i * W, x[j]);
-        store16(dout_dinp + i * W, d[j]);
+        if (BACKWARD) { store16(dout_dinp + i * W, d[j]); }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // form: GELU_TANH or GELU_ERF; n: numbers, a multiple of 8; arrays aligned to 16 bytes
 
-static inline unsigned gelu_blocks(size_t n) {
-    return (unsigned)div_up(n / Vec16<floatX>::size, (size_t)(GELU_THREADS * GELU_VECTORS));
+// dout_dinp (NULL if not BACKWARD), out, inp (n)
+template <bool BACKWARD>
+static inline void gelu_launch(floatX* dout_dinp, floatX* out, const floatX* inp, int form, size_t n,
+                               cudaStream_t stream) {
+    const size_t vectors = n / Vec16<floatX>::size;
+    const unsigned blocks = (unsigned)div_up(vectors, (size_t)(GELU_THREADS * GELU_VECTORS));
+    const auto kernel = form == GELU_ERF ? gelu_kernel<GELU_ERF, BACKWARD> : gelu_kernel<GELU_TANH, BACKWARD>;
+    kernel<<<blocks, GELU_THREADS, 0, stream>>>(dout_dinp, out, inp, vectors);
+    cuda_check_launch();
 }
 
 // out = gelu(inp)
 // out, inp (n)
 static inline void gelu_forward(floatX* out, const floatX* inp, int form, size_t n, cudaStream_t stream) {
-    const auto kernel = form == GELU_ERF ? gelu_forward_kernel<GELU_ERF> : gelu_forward_kernel<GELU_TANH>;
-    kernel<<<gelu_blocks(n), GELU_THREADS, 0, stream>>>(out, inp, n / Vec16<floatX>::size);
-    cuda_check_launch();
+    gelu_launch<false>(NULL, out, inp, form, n, stream);
 }
 
 // dinp = dout * gelu'(inp) in place of dout; out = gelu(inp) again, with the bits of gelu_forward
 // dout_dinp, out, inp (n)
 static inline void gelu_backward(floatX* dout_dinp, floatX* out, const floatX* inp, int form, size_t n,
                                  cudaStream_t stream) {
-    const auto kernel = form == GELU_ERF ? gelu_backward_kernel<GELU_ERF> : gelu_backward_kernel<GELU_TANH>;
-    kernel<<<gelu_blocks(n), GELU_THREADS, 0, stream>>>(dout_dinp, out, inp, n / Vec16<floatX>::size);
-    cuda_check_launch();
+    gelu_launch<true>(dout_dinp, out, inp, form, n, stream);
 }
 
 #endif

@@ -84,19 +84,6 @@ __host__ __device__ __forceinline__ Piece find_piece(const PieceTable& t, int in
     return p;
 }
 
-// Of all threads of a block (a multiple of 32, at most 1024), in thread 0. scratch: (32) doubles of shared memory.
-__device__ __forceinline__ double block_sum_double(double x, double* scratch) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    for (int offset = WARP / 2; offset > 0; offset /= 2) { x += __shfl_down_sync(0xffffffff, x, offset); }
-    if (lane == 0) { scratch[warp] = x; }
-    __syncthreads();
-    double sum = 0;
-    if (threadIdx.x == 0) {
-        for (int w = 0; w < warps; w++) { sum += scratch[w]; }
-    }
-    return sum;
-}
-
 // partial[piece] = sum of the piece's squares, one block a piece. partial (num_pieces), grads (num_params)
 __global__ void __launch_bounds__(PIECE_THREADS)
     piece_squares_kernel(double* partial, const float* __restrict__ grads, const __grid_constant__ PieceTable table) {
@@ -112,7 +99,7 @@ __global__ void __launch_bounds__(PIECE_THREADS)
             for (int k = 0; k < 4; k++) { sum[k] += x[k] * x[k]; }
         }
     }
-    const double total = block_sum_double((double)((sum[0] + sum[1]) + (sum[2] + sum[3])), scratch);
+    const double total = block_sum((double)((sum[0] + sum[1]) + (sum[2] + sum[3])), scratch);
     if (threadIdx.x == 0) { partial[blockIdx.x] = total; }
 }
 
@@ -125,7 +112,7 @@ __global__ void __launch_bounds__(PIECE_THREADS)
     const double* p = partial + table.first_piece[row] + (tensor - table.first_tensor[row]) * pieces;
     double sum = 0;
     for (int i = threadIdx.x; i < pieces; i += PIECE_THREADS) { sum += p[i]; }
-    const double total = block_sum_double(sum, scratch);
+    const double total = block_sum(sum, scratch);
     if (threadIdx.x == 0) { sq_sum[tensor] = total; }
 }
 
@@ -136,7 +123,7 @@ __global__ void __launch_bounds__(LOSS_THREADS)
     double sum = 0;
 #pragma unroll 8
     for (size_t i = threadIdx.x; i < n; i += LOSS_THREADS) { sum += (double)losses[i]; }
-    const double total = block_sum_double(sum, scratch);
+    const double total = block_sum(sum, scratch);
     if (threadIdx.x == 0) { *loss_sum += total / T; }
 }
 
@@ -147,7 +134,7 @@ __global__ void __launch_bounds__(DECISION_THREADS)
     __shared__ double scratch[WARP];
     double sum = 0;
     for (int i = threadIdx.x; i < num_tensors; i += DECISION_THREADS) { sum += sq_sum[i]; }
-    const double total = block_sum_double(sum, scratch);
+    const double total = block_sum(sum, scratch);
     if (threadIdx.x != 0) { return; }
     const StepHyper h = *hyper;
     const double n = h.n;

@@ -6,6 +6,8 @@ out = xhat * weight + bias. Reads inp and branch, writes residual and out: four 
 branch), plus 8 bytes of mean and rstd a row. Floor: the time to copy as many bytes. Statistics are those of the residual as
 it was rounded to floatX: the backward pass reads the same numbers.
 
+The output can be had again from mean and rstd, so that it need not be kept: two streams, and the bits of the forward pass.
+
 Backward: with g = dout * weight,
     dinp    += rstd * (g - mean_c(g) - xhat * mean_c(g * xhat))
     dweight += sum_{b,t} dout * xhat        dbias += sum_{b,t} dout
@@ -16,11 +18,13 @@ to copy as many bytes. Beside them there is scratch memory, 8C bytes for each se
 
 How the backward pass runs. A team of 1 to 16 warps owns a row; a thread owns fixed columns in each of its team's rows, so
 that its share of dweight and dbias stays in registers. A warp copies its rows to come into a ring in shared memory
-(cp.async), each thread its own columns: there is nothing to wait for but a thread's own copies. A block works through a
-chunk of consecutive rows. A segment is what one block has of one example: at its end the block adds up its teams' shares
-and writes them to scratch, while the copies of the next rows go on. Block k and example b meet in slot k + b of the
-scratch: unique, because from segment to segment k or b or both grow by one. A second kernel adds the segments of each
-example, squares, and adds the examples.
+(cp.async), each thread its own columns: there is nothing to wait for but a thread's own copies. Where a row takes several
+warps, the teams of a block go from row to row together, so that __syncthreads() serves their sums. (Named barriers, one a
+team, are no faster on the whole, and compute-sanitizer's racecheck does not follow them: it then reports races across
+every later __syncthreads().) A block works through a chunk of consecutive rows. A segment is what one block has of one
+example: at its end the block adds up its teams' shares and writes them to scratch, while the copies of the next rows go
+on. Block k and example b meet in slot k + b of the scratch: unique, because from segment to segment k or b or both grow by
+one. A second kernel adds the segments of each example, squares, and adds the examples.
 
 Numerical contract: all sums in float, those of squares in double; their order follows from B, T, C and the type alone,
 and from whether norms are asked for (without them, all rows are one example). No atomics.
@@ -37,14 +41,13 @@ enum {
     LAYERNORM_MAX_VECTORS = 32 / LAYERNORM_WIDTH,       // a thread's columns beyond, in units of 16 bytes
     LAYERNORM_MAX_WARPS = 16,                           // of a team
     LAYERNORM_MAX_THREADS = LAYERNORM_MAX_WARPS * WARP, // of a block
+    LAYERNORM_AGAIN_THREADS = 256,                      // of layernorm_recompute
+    LAYERNORM_AGAIN_VECTORS = 4,                        // of 16 bytes, that one of its threads loads at the same time
     LAYERNORM_BLOCKS = 264,                             // two for each multiprocessor of an H100 or H200
-    LAYERNORM_CHUNK_UNIT = 8,                           // chunks are multiples of so many rows
     LAYERNORM_EXCHANGE = 2 * LAYERNORM_MAX_WARPS * 2,   // floats of shared memory for sums over teams
+    LAYERNORM_RING = 54 * 1024,                         // bytes of a block's rings
     LAYERNORM_FOLD_THREADS = 512,                       // of the second kernel
-    LAYERNORM_FOLD_COLUMNS = 16,                        // that one of its blocks owns, 4 to a thread
-    LAYERNORM_FOLD_LANES = LAYERNORM_FOLD_THREADS * 4 / LAYERNORM_FOLD_COLUMNS, // threads that share 4 columns
-    LAYERNORM_FOLD_EXAMPLES = 4,                              // that one of its threads reads at the same time
-    LAYERNORM_WARP_LANES = WARP * 4 / LAYERNORM_FOLD_COLUMNS, // of the lanes, those in one warp
+    LAYERNORM_FOLD_EXAMPLES = 4,                        // that one of its threads reads at the same time
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -67,29 +70,16 @@ __device__ __forceinline__ LayerNormTeam layernorm_team(int warps) {
     return t;
 }
 
-// Barrier 0 is __syncthreads(); a block has at most 4 teams of more than one warp. Constant numbers, so that the kernel
-// does not claim all 16 barriers for each block.
-__device__ __forceinline__ void layernorm_team_barrier(const LayerNormTeam& t) {
-    if (t.index == 0) {
-        asm volatile("bar.sync 1, %0;" ::"r"(t.threads) : "memory");
-    } else if (t.index == 1) {
-        asm volatile("bar.sync 2, %0;" ::"r"(t.threads) : "memory");
-    } else if (t.index == 2) {
-        asm volatile("bar.sync 3, %0;" ::"r"(t.threads) : "memory");
-    } else {
-        asm volatile("bar.sync 4, %0;" ::"r"(t.threads) : "memory");
-    }
-}
-
-// N sums over the team at once, in every thread. exchange: LAYERNORM_EXCHANGE / 2 floats of the block's shared memory; the
-// next sum takes others (the one after that may take these again).
-template <int N> __device__ __forceinline__ void layernorm_team_sum(float (&x)[N], float* exchange, LayerNormTeam t) {
+// N sums over the team at once, in every thread; all of the block's threads must take part. exchange: LAYERNORM_EXCHANGE / 2
+// floats of the block's shared memory; the next sum takes others (the one after that may take these again).
+template <int N>
+__device__ __forceinline__ void layernorm_team_sum(float (&x)[N], float* exchange, const LayerNormTeam& t) {
     for (int n = 0; n < N; n++) { x[n] = warp_sum(x[n]); }
     if (t.warps == 1) { return; }
     if (threadIdx.x % WARP == 0) {
         for (int n = 0; n < N; n++) { exchange[threadIdx.x / WARP * N + n] = x[n]; }
     }
-    layernorm_team_barrier(t);
+    __syncthreads();
     for (int n = 0; n < N; n++) { x[n] = 0; }
 #pragma unroll 4
     for (int w = 0; w < t.warps; w++) {
@@ -134,6 +124,19 @@ __device__ __forceinline__ void layernorm_load_row(Vec16<floatX> (&x)[V], Vec16<
     }
 }
 
+// The output from 16 bytes of a row as floats, its mean m and its rstd r. The fused operation is written out, so that
+// every kernel gives the same bits.
+__device__ __forceinline__ Vec16<floatX> layernorm_normalise(float (&x)[LAYERNORM_WIDTH], float m, float r,
+                                                             const Vec16<floatX>& weight, const Vec16<floatX>& bias) {
+    float w[LAYERNORM_WIDTH], b[LAYERNORM_WIDTH];
+    layernorm_unpack(w, weight);
+    layernorm_unpack(b, bias);
+    for (int i = 0; i < LAYERNORM_WIDTH; i++) { x[i] = fmaf((x[i] - m) * r, w[i], b[i]); }
+    Vec16<floatX> out;
+    layernorm_pack(out, x);
+    return out;
+}
+
 // residual, out, inp, branch (rows, C); mean, rstd (rows); weight, bias (C). While a team works on one row, its next is
 // under way into registers.
 template <int V>
@@ -147,13 +150,14 @@ __global__ void __launch_bounds__(LAYERNORM_MAX_THREADS)
     Vec16<floatX> x[V], y[V];
     int row = blockIdx.x * t.count + t.index;
     if (row < rows) { layernorm_load_row(x, y, inp, branch, row, C, t); }
-    for (; row < rows; row += step) {
+    for (int base = row - t.index; base < rows; base += step, row += step) {
+        const int width = row < rows ? C : 0; // a team that has no row left still takes part in the sums
         float v[V][LAYERNORM_WIDTH];
         float sum[1] = {0}, square[1] = {0};
 #pragma unroll
         for (int k = 0; k < V; k++) {
             const int column = (t.lane + k * t.threads) * LAYERNORM_WIDTH;
-            if (column >= C) { continue; }
+            if (column >= width) { continue; }
             layernorm_unpack(v[k], x[k]);
             if (branch != NULL) {
                 float added[LAYERNORM_WIDTH];
@@ -170,7 +174,7 @@ __global__ void __launch_bounds__(LAYERNORM_MAX_THREADS)
         const float m = sum[0] / (float)C;
 #pragma unroll
         for (int k = 0; k < V; k++) {
-            if ((t.lane + k * t.threads) * LAYERNORM_WIDTH >= C) { continue; }
+            if ((t.lane + k * t.threads) * LAYERNORM_WIDTH >= width) { continue; }
             for (int i = 0; i < LAYERNORM_WIDTH; i++) { square[0] += (v[k][i] - m) * (v[k][i] - m); }
         }
         layernorm_team_sum(square, exchange + LAYERNORM_EXCHANGE / 2, t);
@@ -178,51 +182,46 @@ __global__ void __launch_bounds__(LAYERNORM_MAX_THREADS)
 #pragma unroll
         for (int k = 0; k < V; k++) {
             const int column = (t.lane + k * t.threads) * LAYERNORM_WIDTH;
-            if (column >= C) { continue; }
-            float w[LAYERNORM_WIDTH], b[LAYERNORM_WIDTH];
-            layernorm_unpack(w, load16(weight + column));
-            layernorm_unpack(b, load16(bias + column));
-            for (int i = 0; i < LAYERNORM_WIDTH; i++) { v[k][i] = (v[k][i] - m) * r * w[i] + b[i]; }
-            Vec16<floatX> o;
-            layernorm_pack(o, v[k]);
-            store16(out + (size_t)row * C + column, o);
+            if (column >= width) { continue; }
+            store16(out + (size_t)row * C + column,
+                    layernorm_normalise(v[k], m, r, load16(weight + column), load16(bias + column)));
         }
-        if (t.lane == 0) {
+        if (t.lane == 0 && row < rows) {
             mean[row] = m;
             rstd[row] = r;
         }
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Backward: copies that run ahead, and the order of the two kernels
-
-__device__ __forceinline__ void layernorm_copy16(void* shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-                 "l"(global)
-                 : "memory");
-}
-__device__ __forceinline__ void layernorm_copy4(void* shared, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-                 "l"(global)
-                 : "memory");
-}
-__device__ __forceinline__ void layernorm_copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until the oldest of `stages` groups of this thread's copies has landed.
-__device__ __forceinline__ void layernorm_copies_wait(int stages) {
-    if (stages == 1) {
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
-    } else if (stages == 2) {
-        asm volatile("cp.async.wait_group 1;" ::: "memory");
-    } else if (stages == 3) {
-        asm volatile("cp.async.wait_group 2;" ::: "memory");
-    } else {
-        asm volatile("cp.async.wait_group 3;" ::: "memory");
+// The output again, from the statistics that the forward pass left. `vectors` of 16 bytes make a row, n all rows.
+// out, inp (rows, C); mean, rstd (rows); weight, bias (C)
+__global__ void __launch_bounds__(LAYERNORM_AGAIN_THREADS)
+    layernorm_recompute_kernel(floatX* out, const floatX* inp, const float* mean, const float* rstd,
+                               const floatX* weight, const floatX* bias, unsigned vectors, unsigned n) {
+    enum { U = LAYERNORM_AGAIN_VECTORS, W = LAYERNORM_WIDTH };
+    const unsigned first = blockIdx.x * (LAYERNORM_AGAIN_THREADS * U) + threadIdx.x;
+    Vec16<floatX> v[U];
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        const unsigned i = first + u * LAYERNORM_AGAIN_THREADS;
+        if (i < n) { v[u] = load16(inp + (size_t)i * W); }
+    }
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        const unsigned i = first + u * LAYERNORM_AGAIN_THREADS, row = i / vectors, column = (i - row * vectors) * W;
+        if (i >= n) { break; }
+        float x[W];
+        layernorm_unpack(x, v[u]);
+        store16(out + (size_t)i * W,
+                layernorm_normalise(x, mean[row], rstd[row], load16(weight + column), load16(bias + column)));
     }
 }
 
-// Programmatic dependent launch (Hopper): the second kernel's blocks may take their places as the first one's leave, and
-// wait there until all of the first is done and visible.
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward: copies that run ahead, and the order of the two kernels
+
+// Programmatic dependent launch (Hopper): a kernel's blocks may take their places as those of the kernel before it leave,
+// and wait there until all of that is done and visible.
 __device__ __forceinline__ void layernorm_let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -255,9 +254,18 @@ template <int V> struct LayerNormBackward {
     Vec16<floatX> w[keep_weight ? V : 1];
     float dweight[V][LAYERNORM_WIDTH], dbias[V][LAYERNORM_WIDTH]; // of the segment so far
 
-    __device__ __forceinline__ int column(int k) const { return (t.lane + k * t.threads) * LAYERNORM_WIDTH; }
+    // A warp's vectors lie side by side, so that the distance from one to the next is known to the compiler.
+    __device__ __forceinline__ int column(int k) const {
+        return (t.lane / WARP * V * WARP + t.lane % WARP + k * WARP) * LAYERNORM_WIDTH;
+    }
     __device__ __forceinline__ Vec16<floatX> weights(int k) const {
-        return keep_weight ? w[keep_weight ? k : 0] : load16(weight + column(k));
+        if constexpr (keep_weight) { return w[k]; }
+        return fetch_weights(k);
+    }
+    __device__ __forceinline__ Vec16<floatX> fetch_weights(int k) const {
+        Vec16<floatX> x = {};
+        if (column(k) < C) { x = load16(weight + column(k)); }
+        return x;
     }
     // Where this thread's vector k of a stream (0 inp, 1 dout, 2 dinp), its mean (which 0) and rstd (1) are in a stage.
     static __device__ __forceinline__ Vec16<floatX>* vector(char* stage, int stream, int k) {
@@ -275,34 +283,42 @@ template <int V> __device__ __forceinline__ void layernorm_clear(LayerNormBackwa
     }
 }
 
+// Zeros where a stage has room for columns past the last: they add nothing to any sum.
+template <int V> __device__ __forceinline__ void layernorm_clear_unused(const LayerNormBackward<V>& s, char* stage) {
+    const Vec16<floatX> zero = {};
+#pragma unroll
+    for (int k = 0; k < V; k++) {
+        for (int stream = 0; stream < 3 && s.column(k) >= s.C; stream++) { *s.vector(stage, stream, k) = zero; }
+    }
+}
+
 // Starts the copies of a row into a stage; none if the row is past the block's last.
 template <int V>
 __device__ __forceinline__ void layernorm_fetch(const LayerNormBackward<V>& s, char* stage, int row, int last) {
     if (row < last) {
+        const size_t at = (size_t)row * s.C + s.column(0);
+        const floatX *inp = s.inp + at, *dout = s.dout + at, *dinp = s.dinp + at;
 #pragma unroll
         for (int k = 0; k < V; k++) {
-            const size_t at = (size_t)row * s.C + s.column(k);
             if (s.column(k) < s.C) {
-                layernorm_copy16(s.vector(stage, 0, k), s.inp + at);
-                layernorm_copy16(s.vector(stage, 1, k), s.dout + at);
-                layernorm_copy16(s.vector(stage, 2, k), s.dinp + at);
+                copy16_ahead(s.vector(stage, 0, k), inp + k * WARP * LAYERNORM_WIDTH);
+                copy16_ahead(s.vector(stage, 1, k), dout + k * WARP * LAYERNORM_WIDTH);
+                copy16_ahead(s.vector(stage, 2, k), dinp + k * WARP * LAYERNORM_WIDTH);
             }
         }
-        layernorm_copy4(s.statistic(stage, 0), s.mean + row);
-        layernorm_copy4(s.statistic(stage, 1), s.rstd + row);
+        copy4_ahead(s.statistic(stage, 0), s.mean + row);
+        copy4_ahead(s.statistic(stage, 1), s.rstd + row);
     }
-    layernorm_copies_issued();
+    copies_issued();
 }
 
-// One row that has landed in a stage. exchange: as of layernorm_team_sum
+// A row that has landed in a stage: its part of dweight and dbias. sums gains this thread's part of sum_c g, sum_c g * xhat.
 template <int V>
-__device__ __forceinline__ void layernorm_backward_row(LayerNormBackward<V>& s, char* stage, int row, float* exchange) {
-    const float m = *s.statistic(stage, 0), r = *s.statistic(stage, 1), shift = -m * r;
-    float x[LAYERNORM_WIDTH], dy[LAYERNORM_WIDTH], w[LAYERNORM_WIDTH], dx[LAYERNORM_WIDTH];
-    float sums[2] = {0, 0}; // of g, of g * xhat
+__device__ __forceinline__ void layernorm_backward_sums(LayerNormBackward<V>& s, char* stage, float (&sums)[2]) {
+    const float r = *s.statistic(stage, 1), shift = -*s.statistic(stage, 0) * r;
 #pragma unroll
     for (int k = 0; k < V; k++) {
-        if (s.column(k) >= s.C) { continue; }
+        float x[LAYERNORM_WIDTH], dy[LAYERNORM_WIDTH], w[LAYERNORM_WIDTH];
         layernorm_unpack(x, *s.vector(stage, 0, k));
         layernorm_unpack(dy, *s.vector(stage, 1, k));
         layernorm_unpack(w, s.weights(k));
@@ -314,20 +330,27 @@ __device__ __forceinline__ void layernorm_backward_row(LayerNormBackward<V>& s, 
             s.dbias[k][i] += dy[i];
         }
     }
-    layernorm_team_sum(sums, exchange, s.t);
-    // dinp + r * (g - mean(g) - (x - m) * r * mean(g * xhat)) = dinp + r * g + a * x + b
-    const float a = -r * r * (sums[1] * s.one_over_C), b = -r * (sums[0] * s.one_over_C) - a * m;
+}
+
+// The same row: dinp, from the sums over all of its columns.
+template <int V>
+__device__ __forceinline__ void layernorm_backward_dinp(LayerNormBackward<V>& s, char* stage, int row,
+                                                        const float (&sums)[2]) {
+    const float m = *s.statistic(stage, 0), r = *s.statistic(stage, 1), dot = r * (sums[1] * s.one_over_C);
+    // dinp + r * (g - mean(g) - (x - m) * r * mean(g * xhat)) = r * (g + b) + (a * x + dinp)
+    const float a = -r * dot, b = m * dot - sums[0] * s.one_over_C;
+    floatX* dinp = s.dinp + ((size_t)row * s.C + s.column(0));
 #pragma unroll
     for (int k = 0; k < V; k++) {
-        if (s.column(k) >= s.C) { continue; }
+        float x[LAYERNORM_WIDTH], dy[LAYERNORM_WIDTH], w[LAYERNORM_WIDTH], dx[LAYERNORM_WIDTH];
         layernorm_unpack(x, *s.vector(stage, 0, k));
         layernorm_unpack(dy, *s.vector(stage, 1, k));
         layernorm_unpack(dx, *s.vector(stage, 2, k));
         layernorm_unpack(w, s.weights(k));
-        for (int i = 0; i < LAYERNORM_WIDTH; i++) { dx[i] += r * (dy[i] * w[i]) + (a * x[i] + b); }
+        for (int i = 0; i < LAYERNORM_WIDTH; i++) { dx[i] = r * (dy[i] * w[i] + b) + (a * x[i] + dx[i]); }
         Vec16<floatX> sum;
         layernorm_pack(sum, dx);
-        store16(s.dinp + (size_t)row * s.C + s.column(k), sum);
+        if (s.column(k) < s.C) { store16(dinp + k * WARP * LAYERNORM_WIDTH, sum); }
     }
 }
 
@@ -387,30 +410,43 @@ __global__ void __launch_bounds__(LAYERNORM_MAX_THREADS, 1)
     s.one_over_C = one_over_C;
 
     const int first = blockIdx.x * chunk, last = min(rows, first + chunk);
-    int row = first + s.t.index, stage = 0, half = 0;
+    int base = first, stage = 0, half = 0; // base: of the next rows, one for each team
+    layernorm_await_previous();
 #pragma unroll 1
-    for (int i = 0; i < stages; i++) { layernorm_fetch(s, ring + i * stage_bytes, row + i * s.t.count, last); }
+    for (int i = 0; i < stages; i++) {
+        layernorm_clear_unused(s, ring + i * stage_bytes);
+        layernorm_fetch(s, ring + i * stage_bytes, base + s.t.index + i * s.t.count, last);
+    }
     if (blockIdx.x == 0) {
         for (int i = threadIdx.x; i < num_squares; i += blockDim.x) { squares[i] = layernorm_no_square(); }
     }
     layernorm_let_next_start();
     if constexpr (LayerNormBackward<V>::keep_weight) {
 #pragma unroll
-        for (int k = 0; k < V; k++) {
-            if (s.column(k) < C) { s.w[k] = load16(weight + s.column(k)); }
-        }
+        for (int k = 0; k < V; k++) { s.w[k] = s.fetch_weights(k); }
     }
     for (int start = first, end; start < last; start = end) {
         const int example = start / T;
         end = min(last, (example + 1) * T);
         layernorm_clear(s);
-        for (; row < end; row += s.t.count) {
-            layernorm_copies_wait(stages);
-            layernorm_backward_row(s, ring + stage * stage_bytes, row, exchange + half);
-            layernorm_fetch(s, ring + stage * stage_bytes, row + stages * s.t.count, last);
-            stage = stage + 1 == stages ? 0 : stage + 1;
+        for (; base < end; base += s.t.count) {
+            const int row = base + s.t.index;
+            const bool mine = row >= start && row < end; // else another example's: the team only takes part in the sums
+            char* landed = ring + stage * stage_bytes;
+            float sums[2] = {0, 0};
+            if (mine) {
+                copies_wait(stages - 1);
+                layernorm_backward_sums(s, landed, sums);
+            }
+            layernorm_team_sum(sums, exchange + half, s.t);
             half = LAYERNORM_EXCHANGE / 2 - half;
+            if (mine) {
+                layernorm_backward_dinp(s, landed, row, sums);
+                layernorm_fetch(s, landed, row + stages * s.t.count, last);
+                stage = stage + 1 == stages ? 0 : stage + 1;
+            }
         }
+        if (base > end) { base -= s.t.count; } // some of the last rows are the next example's
         float* slot = slots + (size_t)(blockIdx.x + example) * 2 * C;
         layernorm_flush(s, slot, buffer, s.dweight);
         layernorm_flush(s, slot + C, buffer, s.dbias);
@@ -427,16 +463,6 @@ __device__ __forceinline__ float4 layernorm_xor4(const float4& x, int mask) {
     return make_float4(__shfl_xor_sync(0xffffffff, x.x, mask), __shfl_xor_sync(0xffffffff, x.y, mask),
                        __shfl_xor_sync(0xffffffff, x.z, mask), __shfl_xor_sync(0xffffffff, x.w, mask));
 }
-// Of a block's threads, in thread 0. scratch (warps)
-__device__ __forceinline__ double layernorm_block_sum(double x, double* scratch) {
-    for (int offset = WARP / 2; offset > 0; offset /= 2) { x += __shfl_xor_sync(0xffffffff, x, offset); }
-    if (threadIdx.x % WARP == 0) { scratch[threadIdx.x / WARP] = x; }
-    __syncthreads();
-    x = 0;
-    for (int w = 0; threadIdx.x == 0 && w < LAYERNORM_FOLD_THREADS / WARP; w++) { x += scratch[w]; }
-    return x;
-}
-
 // The sum of the squares that the `count` blocks of a tensor write, in thread 0, as soon as all have written.
 __device__ __forceinline__ double layernorm_collect(const unsigned long long* squares, int count, double* scratch) {
     double sum = 0;
@@ -445,21 +471,28 @@ __device__ __forceinline__ double layernorm_collect(const unsigned long long* sq
         do { bits = *(const volatile unsigned long long*)(squares + i); } while (bits == layernorm_no_square());
         sum += __longlong_as_double((long long)bits);
     }
-    return layernorm_block_sum(sum, scratch);
+    return block_sum(sum, scratch);
 }
 
-// Columns blockIdx.x * 16 and on of dweight (blockIdx.y 0) or dbias (1). Sixteen bytes of a slot, 4 columns, are for 128
-// threads ("lanes"), of which `group` (a power of two) share an example; group > 8 only where one round has room for all B.
+// A block has 4 * PARTS columns of dweight (blockIdx.y 0) or dbias (1). Sixteen bytes of a slot, 4 columns, are for LANES of
+// its threads, of which `group` (a power of two) share an example; more than WARP_LANES only where one round has room for
+// all B.
 // dweight, dbias (C): gain the sums; sum_sq_weight, sum_sq_bias: NULL, or gain the examples' squares
 // slots (blocks + B, 2, C), squares (2, gridDim.x): from layernorm_backward_kernel
+template <int PARTS>
 __global__ void __launch_bounds__(LAYERNORM_FOLD_THREADS, 2)
     layernorm_fold_kernel(float* dweight, float* dbias, double* sum_sq_weight, double* sum_sq_bias, const float* slots,
                           unsigned long long* squares, int B, int T, int C, int chunk, int group) {
-    enum { PARTS = LAYERNORM_FOLD_COLUMNS / 4, U = LAYERNORM_FOLD_EXAMPLES, WARPS = LAYERNORM_FOLD_THREADS / WARP };
+    enum {
+        LANES = LAYERNORM_FOLD_THREADS / PARTS,
+        WARP_LANES = WARP / PARTS,
+        U = LAYERNORM_FOLD_EXAMPLES,
+        WARPS = LAYERNORM_FOLD_THREADS / WARP
+    };
     __shared__ float4 sums[WARPS][PARTS];
     __shared__ double scratch[2][WARPS];
     const int part = threadIdx.x % PARTS, lane = threadIdx.x / PARTS, warp = threadIdx.x / WARP;
-    const int column = blockIdx.x * LAYERNORM_FOLD_COLUMNS + part * 4, groups = LAYERNORM_FOLD_LANES / group;
+    const int column = blockIdx.x * 4 * PARTS + part * 4, groups = LANES / group;
     const int member = lane % group, steps = div_up((T - 1) / chunk + 2, group);
     const float4 zero = make_float4(0, 0, 0, 0);
     const float* from = slots + blockIdx.y * C + column;
@@ -467,6 +500,7 @@ __global__ void __launch_bounds__(LAYERNORM_FOLD_THREADS, 2)
     double* sum_sq = blockIdx.y == 0 ? sum_sq_weight : sum_sq_bias;
     float4 total = zero;
     double square = 0;
+    layernorm_let_next_start();
     layernorm_await_previous();
     const float4 before = lane == 0 && column < C ? *grad : zero;
     for (int b0 = 0; b0 < B; b0 += U * groups) {
@@ -490,14 +524,14 @@ __global__ void __launch_bounds__(LAYERNORM_FOLD_THREADS, 2)
 #pragma unroll
             for (int u = 0; u < U; u++) { layernorm_add4(sum[u], x[u]); }
         }
-        for (int offset = 1; offset < min(group, (int)LAYERNORM_WARP_LANES); offset *= 2) {
+        for (int offset = 1; offset < min(group, (int)WARP_LANES); offset *= 2) {
 #pragma unroll
             for (int u = 0; u < U; u++) { layernorm_add4(sum[u], layernorm_xor4(sum[u], offset * PARTS)); }
         }
-        if (group > LAYERNORM_WARP_LANES) { // the only round, and only the first of U examples exists
-            if (lane % LAYERNORM_WARP_LANES == 0) { sums[warp][part] = sum[0]; }
+        if (group > WARP_LANES) { // the only round, and only the first of U examples exists
+            if (lane % WARP_LANES == 0) { sums[warp][part] = sum[0]; }
             __syncthreads();
-            for (int w = 1; member == 0 && w < group / LAYERNORM_WARP_LANES; w++) {
+            for (int w = 1; member == 0 && w < group / WARP_LANES; w++) {
                 layernorm_add4(sum[0], sums[warp + w][part]);
             }
             __syncthreads();
@@ -510,7 +544,7 @@ __global__ void __launch_bounds__(LAYERNORM_FOLD_THREADS, 2)
         }
     }
     if (sum_sq != NULL) {
-        square = layernorm_block_sum(square, scratch[0]);
+        square = block_sum(square, scratch[0]);
         unsigned long long* place = squares + blockIdx.y * gridDim.x;
         if (threadIdx.x == 0) {
             *(volatile unsigned long long*)(place + blockIdx.x) = (unsigned long long)__double_as_longlong(square);
@@ -596,7 +630,21 @@ static inline void layernorm_forward(floatX* residual, floatX* out, float* mean,
     layernorm_forward_launch(call, layernorm_shape(C));
 }
 
-static inline int layernorm_num_squares(int C) { return 2 * div_up(C, (int)LAYERNORM_FOLD_COLUMNS); }
+// The output of layernorm_forward once more, bit for bit, from what the backward pass keeps of it
+// out, inp (N, C); mean, rstd (N); weight, bias (C); inp is what was normalised: layernorm_forward's residual (its inp
+// where it had no branch)
+static inline void layernorm_recompute(floatX* out, const floatX* inp, const float* mean, const float* rstd,
+                                       const floatX* weight, const floatX* bias, int N, int C, cudaStream_t stream) {
+    const unsigned vectors = (unsigned)(C / LAYERNORM_WIDTH), n = (unsigned)N * vectors;
+    const unsigned blocks = div_up(n, (unsigned)(LAYERNORM_AGAIN_THREADS * LAYERNORM_AGAIN_VECTORS));
+    layernorm_recompute_kernel<<<blocks, LAYERNORM_AGAIN_THREADS, 0, stream>>>(out, inp, mean, rstd, weight, bias,
+                                                                               vectors, n);
+    cuda_check_launch();
+}
+
+// How many times 4 columns a block of the second kernel has: many blocks where C is small, long reads where it is not.
+static inline int layernorm_fold_parts(int C) { return C <= 2048 ? 4 : 8; }
+static inline int layernorm_num_squares(int C) { return 2 * div_up(C, 4 * layernorm_fold_parts(C)); }
 
 // Bytes of scratch memory that layernorm_backward needs for B examples or fewer, of any length.
 static inline size_t layernorm_backward_scratch(int B, int C) {
@@ -618,8 +666,29 @@ struct LayerNormBackwardCall {
     cudaStream_t stream;
 };
 
-// The pass over the rows. How many stages the rings have does not touch the results: as many as fit, two blocks to a
-// multiprocessor where possible.
+// Launches a kernel that itself waits for the one before it, so that its blocks may take their places before that is done
+// (in code compiled for Hopper or later).
+template <class... Parameters, class... Arguments>
+static inline void layernorm_launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes,
+                                    cudaStream_t stream, Arguments... arguments) {
+    cudaFuncAttributes code;
+    cuda_check(cudaFuncGetAttributes(&code, kernel));
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t launch = {};
+    launch.gridDim = blocks;
+    launch.blockDim = dim3(threads);
+    launch.dynamicSmemBytes = (size_t)bytes;
+    launch.stream = stream;
+    launch.attrs = &early;
+    launch.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
+    cuda_check(cudaLaunchKernelEx(&launch, kernel, arguments...));
+}
+
+// The pass over the rows, two blocks to a multiprocessor where possible. How many stages the rings have does not touch the
+// results. With two blocks, LAYERNORM_RING bytes each, one row of a team of one warp and two rows of a larger team, keep the
+// memory busy; more only wait in line there, and the pass takes longer (H200: 2 to 6% with twice as much).
 template <int V = 1> void layernorm_backward_launch(const LayerNormBackwardCall& c, const LayerNormShape& shape) {
     if constexpr (V < LAYERNORM_MAX_VECTORS) {
         if (shape.vectors > V) { return layernorm_backward_launch<V + 1>(c, shape); }
@@ -630,35 +699,28 @@ template <int V = 1> void layernorm_backward_launch(const LayerNormBackwardCall&
     const int reserved = layernorm_device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
     const int half = layernorm_device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - reserved;
     const bool two = shape.threads < LAYERNORM_MAX_THREADS && fixed + stage <= half;
-    const int stages = min(4, ((two ? half : largest) - fixed) / stage);
+    const int fit = min(4, ((two ? half : largest) - fixed) / stage);
+    const int wanted = max(shape.warps > 1 ? 2 : 1, (int)LAYERNORM_RING / stage);
+    const int stages = two ? min(fit, wanted) : fit;
     if (stages < 1) {
         fatal("LayerNorm of %d channels needs a GPU with %d bytes of shared memory for a block; this one has %d", c.C,
               fixed + stage, largest);
     }
     const int bytes = fixed + stages * stage, rows = c.B * c.T;
     cuda_check(cudaFuncSetAttribute(layernorm_backward_kernel<V>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    layernorm_backward_kernel<V><<<div_up(rows, c.chunk), shape.threads, bytes, c.stream>>>(
-        c.slots, c.squares, layernorm_num_squares(c.C), c.dinp, c.dout, c.inp, c.mean, c.rstd, c.weight, rows, c.T, c.C,
-        1 / (float)c.C, c.chunk, shape.warps, stages);
-    cuda_check_launch();
+    layernorm_launch(layernorm_backward_kernel<V>, dim3(div_up(rows, c.chunk)), shape.threads, bytes, c.stream, c.slots,
+                     c.squares, layernorm_num_squares(c.C), c.dinp, c.dout, c.inp, c.mean, c.rstd, c.weight, rows, c.T,
+                     c.C, 1 / (float)c.C, c.chunk, shape.warps, stages);
 }
 
 static inline void layernorm_fold_launch(const LayerNormBackwardCall& c) {
-    int group = LAYERNORM_FOLD_LANES;
-    while (group > 1 && (long)group * c.B > LAYERNORM_FOLD_LANES) { group /= 2; }
-    cudaFuncAttributes code;
-    cuda_check(cudaFuncGetAttributes(&code, layernorm_fold_kernel));
-    cudaLaunchAttribute early; // only for code that waits for the kernel before it: compiled for Hopper or later
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t launch = {};
-    launch.gridDim = dim3(layernorm_num_squares(c.C) / 2, 2);
-    launch.blockDim = dim3(LAYERNORM_FOLD_THREADS);
-    launch.stream = c.stream;
-    launch.attrs = &early;
-    launch.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
-    cuda_check(cudaLaunchKernelEx(&launch, layernorm_fold_kernel, c.dweight, c.dbias, c.sum_sq_weight, c.sum_sq_bias,
-                                  (const float*)c.slots, c.squares, c.B, c.T, c.C, c.chunk, group));
+    const int parts = layernorm_fold_parts(c.C), lanes = LAYERNORM_FOLD_THREADS / parts;
+    int group = lanes;
+    while (group > 1 && (long)group * c.B > lanes) { group /= 2; }
+    const auto kernel = parts == 4 ? layernorm_fold_kernel<4> : layernorm_fold_kernel<8>;
+    layernorm_launch(kernel, dim3(layernorm_num_squares(c.C) / 2, 2), LAYERNORM_FOLD_THREADS, 0, c.stream, c.dweight,
+                     c.dbias, c.sum_sq_weight, c.sum_sq_bias, (const float*)c.slots, c.squares, c.B, c.T, c.C, c.chunk,
+                     group);
 }
 
 // dinp += gradient at the input, dweight += sum_{b,t} dout * xhat, dbias += sum_{b,t} dout
@@ -672,7 +734,7 @@ static inline void layernorm_backward(floatX* dinp, float* dweight, float* dbias
     const LayerNormShape shape = layernorm_shape(C);
     const bool norms = sum_sq_weight != NULL || sum_sq_bias != NULL;
     const int blocks = shape.threads < LAYERNORM_MAX_THREADS ? LAYERNORM_BLOCKS : LAYERNORM_BLOCKS / 2;
-    const int unit = LAYERNORM_CHUNK_UNIT, chunk = div_up(div_up(B * T, blocks), unit) * unit;
+    const int chunk = div_up(B * T, blocks);
     unsigned long long* squares = (unsigned long long*)scratch;
     float* slots = (float*)(squares + layernorm_num_squares(C));
     const LayerNormBackwardCall call = {

@@ -65,18 +65,6 @@ static inline void cublas_check_at(cublasStatus_t status, const char* call, cons
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernels
 
-// Of all threads of a block of MATMUL_BLOCK or MATMUL_MAX_BLOCKS threads; valid in thread 0.
-__device__ __forceinline__ double matmul_block_sum(double x) {
-    __shared__ double scratch[WARP];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    for (int offset = WARP / 2; offset > 0; offset /= 2) { x += __shfl_xor_sync(0xffffffff, x, offset); }
-    if (lane == 0) { scratch[warp] = x; }
-    __syncthreads();
-    x = lane < warps ? scratch[lane] : 0;
-    for (int offset = WARP / 2; offset > 0; offset /= 2) { x += __shfl_xor_sync(0xffffffff, x, offset); }
-    return x;
-}
-
 // Adds up the examples' gradients in the order of the examples, and each block's share of their squares.
 // dweight (n), partial (blocks), examples (group, n); n a multiple of 4
 // Reads 4 * group * n bytes and, where it accumulates, dweight; writes dweight.
@@ -84,6 +72,7 @@ __global__ void __launch_bounds__(MATMUL_BLOCK)
     matmul_fold_kernel(float* dweight, double* partial, const float* examples, float alpha, int accumulate, int group,
                        size_t n) {
     const size_t stride = (size_t)gridDim.x * MATMUL_BLOCK * 4;
+    __shared__ double scratch[WARP];
     double square = 0;
     for (size_t i = ((size_t)blockIdx.x * MATMUL_BLOCK + threadIdx.x) * 4; i < n; i += stride) {
         float sum[4] = {0, 0, 0, 0};
@@ -100,15 +89,8 @@ __global__ void __launch_bounds__(MATMUL_BLOCK)
         for (int k = 0; k < 4; k++) { total[k] += alpha * sum[k]; }
         store16(dweight + i, total);
     }
-    square = matmul_block_sum(square);
+    square = block_sum(square, scratch);
     if (threadIdx.x == 0) { partial[blockIdx.x] = square; }
-}
-
-// *sum_sq += scale * sum of partial (blocks), blocks <= MATMUL_MAX_BLOCKS; one block.
-__global__ void __launch_bounds__(MATMUL_MAX_BLOCKS)
-    matmul_fold_squares_kernel(double* sum_sq, const double* partial, double scale, int blocks) {
-    const double sum = matmul_block_sum((int)threadIdx.x < blocks ? partial[threadIdx.x] : 0);
-    if (threadIdx.x == 0) { *sum_sq += scale * sum; }
 }
 
 // *hash += a fingerprint of the words and their places; a sum of integers, so in any order.
@@ -121,7 +103,7 @@ __global__ void __launch_bounds__(MATMUL_BLOCK)
         x = (x ^ x >> 27) * 0x94d049bb133111ebull;
         sum += x ^ x >> 31;
     }
-    for (int offset = WARP / 2; offset > 0; offset /= 2) { sum += __shfl_xor_sync(0xffffffff, sum, offset); }
+    sum = warp_sum(sum);
     if (threadIdx.x % WARP == 0) { atomicAdd(hash, sum); }
 }
 
@@ -452,6 +434,22 @@ static inline void matmul_backward_weight(MatmulPlans* mm, float* dweight, const
     matmul(mm, &p, stream);
 }
 
+// One product for each of so many examples: left_b (T, rows)^T @ right_b (T, cols), over T.
+static inline MatmulProduct matmul_examples_product(int examples, int rows, int cols, int T, void* out,
+                                                    const floatX* left, const floatX* right) {
+    MatmulProduct p = matmul_product(rows, cols, T, out, left, right, 1);
+    p.shape.batch = examples;
+    p.shape.left_transposed = 1;
+    return p;
+}
+
+// out_b = left_b^T @ right_b for every example. out (B, rows, cols), left (B, T, rows), right (B, T, cols)
+static inline void matmul_examples_transposed(MatmulPlans* mm, floatX* out, const floatX* left, const floatX* right,
+                                              int B, int T, int rows, int cols, cudaStream_t stream) {
+    MatmulProduct p = matmul_examples_product(B, rows, cols, T, out, left, right);
+    matmul(mm, &p, stream);
+}
+
 // Numbers of float scratch memory for groups of this many examples.
 static inline size_t matmul_examples_scratch(int group, int C, int OC) {
     return (size_t)group * (size_t)OC * (size_t)C;
@@ -470,17 +468,14 @@ static inline void matmul_backward_weight_examples(MatmulPlans* mm, float* dweig
     for (int b = 0; b < B; b += group) {
         const int examples = min_int(group, B - b);
         const size_t row = (size_t)b * (size_t)T;
-        MatmulProduct p = matmul_product(OC, C, T, scratch, dout + row * (size_t)OC, inp + row * (size_t)C, 1);
-        p.shape.batch = examples;
-        p.shape.left_transposed = 1;
+        MatmulProduct p =
+            matmul_examples_product(examples, OC, C, T, scratch, dout + row * (size_t)OC, inp + row * (size_t)C);
         p.shape.fp32_out = 1;
         matmul(mm, &p, stream);
         matmul_fold_kernel<<<blocks, MATMUL_BLOCK, 0, stream>>>(dweight, mm->partial, scratch, alpha,
                                                                 accumulate || b > 0, examples, n);
         cuda_check_launch();
-        matmul_fold_squares_kernel<<<1, MATMUL_MAX_BLOCKS, 0, stream>>>(sum_sq, mm->partial,
-                                                                        (double)alpha * (double)alpha, blocks);
-        cuda_check_launch();
+        partial_sum(sum_sq, mm->partial, (double)alpha * (double)alpha, blocks, stream);
     }
 }
 

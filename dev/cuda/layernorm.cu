@@ -35,7 +35,13 @@ static void check_forward(int N, int C, bool with_branch) {
         float *d_mean = device_alloc<float>(N), *d_rstd = device_alloc<float>(N);
         layernorm_forward(d_residual, d_out, d_mean, d_rstd, d_inp, d_branch, mult, d_weight, d_bias, N, C, 0);
         residual[k] = with_branch ? host_copy(d_residual, n) : inp;
-        out[k] = host_copy(d_out, n), mean[k] = host_copy(d_mean, N), rstd[k] = host_copy(d_rstd, N);
+        out[k] = host_copy(d_out, n);
+        if (k == 1) { // again from the saved statistics
+            cuda_check(cudaMemset(d_out, 0xff, n * sizeof(floatX)));
+            layernorm_recompute(d_out, with_branch ? d_residual : d_inp, d_mean, d_rstd, d_weight, d_bias, N, C, 0);
+            check_same_bits("recompute: forward's bits", host_copy(d_out, n), out[k]);
+        }
+        mean[k] = host_copy(d_mean, N), rstd[k] = host_copy(d_rstd, N);
         for (void* p : {(void*)d_residual, (void*)d_out, (void*)d_mean, (void*)d_rstd}) { cuda_check(cudaFree(p)); }
     }
     std::vector<double> sum = in_double(inp), x = in_double(residual[0]), ref_out(n), ref_mean(N), ref_rstd(N);
@@ -179,7 +185,8 @@ static void check_all() {
                                {10, 2000, 32},  {1, 2200, 768}, // many rows to a block; segments cut anywhere
                                {2, 1100, 1024}, {16, 40, 4096}, {6, 700, 8},
                                {130, 30, 40},   {600, 3, 16},   {1100, 1, 8}, // examples within a chunk
-                               {64, 64, 64},    {128, 16, 128}, {5, 13, 1280}};
+                               {64, 64, 64},    {128, 16, 128}, {5, 13, 1280},
+                               {300, 2, 2304}};
     for (const int* s : backward) { check_backward(s[0], s[1], s[2]); }
 }
 
@@ -246,33 +253,33 @@ static void free_buffers(Buffers& f) {
     }
 }
 
-// Microseconds of a call: many in a row, so that the host's part in launching them is hidden as it is in training.
+// Microseconds of call(set): many in a row, so that the host's part in launching them is hidden as it is in training.
+template <class Call> static double time_calls(const Buffers& f, Call call) {
+    const auto run = [&](int i) {
+        for (int k = i * CALLS; k < (i + 1) * CALLS; k++) { call(k % f.sets); }
+    };
+    return median_us(run, 20) / CALLS;
+}
+
 static double time_backward(const Buffers& f, bool norms) {
     double* sum_sq = norms ? f.sum_sq : NULL;
-    return median_us(
-               [&](int run) {
-                   for (int i = run * CALLS; i < (run + 1) * CALLS; i++) {
-                       const int set = i % f.sets;
-                       layernorm_backward(f.x[0][set], f.dweight, f.dbias, sum_sq, norms ? sum_sq + 1 : NULL,
-                                          f.x[1][set], f.x[2][set], f.mean, f.rstd, f.weight, f.scratch, f.B, f.T, f.C,
-                                          0);
-                   }
-               },
-               20) /
-           CALLS;
+    return time_calls(f, [&](int set) {
+        layernorm_backward(f.x[0][set], f.dweight, f.dbias, sum_sq, norms ? sum_sq + 1 : NULL, f.x[1][set], f.x[2][set],
+                           f.mean, f.rstd, f.weight, f.scratch, f.B, f.T, f.C, 0);
+    });
 }
 
 static double time_forward(const Buffers& f) {
-    return median_us(
-               [&](int run) {
-                   for (int i = run * CALLS; i < (run + 1) * CALLS; i++) {
-                       const int set = i % f.sets;
-                       layernorm_forward(f.x[3][set], f.x[0][set], f.mean, f.rstd, f.x[1][set], f.x[2][set], 1,
-                                         f.weight, f.bias, f.B * f.T, f.C, 0);
-                   }
-               },
-               20) /
-           CALLS;
+    return time_calls(f, [&](int set) {
+        layernorm_forward(f.x[3][set], f.x[0][set], f.mean, f.rstd, f.x[1][set], f.x[2][set], 1, f.weight, f.bias,
+                          f.B * f.T, f.C, 0);
+    });
+}
+
+static double time_recompute(const Buffers& f) {
+    return time_calls(f, [&](int set) {
+        layernorm_recompute(f.x[0][set], f.x[1][set], f.mean, f.rstd, f.weight, f.bias, f.B * f.T, f.C, 0);
+    });
 }
 
 static void time_shape(int B, int T, int C, double bandwidth) {
@@ -297,6 +304,8 @@ static void time_shape(int B, int T, int C, double bandwidth) {
            mean + interval, (int)PAIRS);
     snprintf(what, sizeof what, "forward              B %d, T %d, C %d", B, T, C);
     print_row(what, time_forward(f), f.bytes, bandwidth);
+    snprintf(what, sizeof what, "recompute            B %d, T %d, C %d", B, T, C);
+    print_row(what, time_recompute(f), f.bytes / 2, bandwidth);
     free_buffers(f);
 }
 
