@@ -1115,7 +1115,8 @@ enum { RUN_STEPS = 10, RUN_T = 16, RUN_B = 4, RUN_V = 37 };
 static void small_run(double losses[RUN_STEPS], int micro_batch) {
     GPTConfig config = config_of_shape(2, 2, 16, RUN_T, RUN_V);
     Backend backend;
-    cpu_open(&backend, &config, RUN_B, RUN_T);
+    const BackendOptions options = backend_options(RUN_B, RUN_T);
+    cpu_open(&backend, &config, &options);
     model_init_weights(&config, 42, &backend);
     double sq_sum[28], sum_sq[28];
     StepStats stats = {.sq_sum = sq_sum, .sum_sq = sum_sq};
@@ -1170,6 +1171,22 @@ static void test_any_micro_batch(void) {
     }
 }
 
+// What only the CUDA trainer can do is refused, not ignored.
+static void test_refused_options(void) {
+    GPTConfig config = config_of_shape(1, 1, 8, 4, RUN_V);
+    Backend backend;
+    BackendOptions options = backend_options(1, 4);
+    for (options.recompute = RECOMPUTE_NOTHING; options.recompute <= RECOMPUTE_GELU; options.recompute++) {
+        CHECK_DIES(cpu_open(&backend, &config, &options), "the CPU trainer always computes GELU and LayerNorm again");
+    }
+    options.tf32 = true;
+    options.recompute = RECOMPUTE_LAYERNORM;
+    CHECK_DIES(cpu_open(&backend, &config, &options), "--tf32 is an option of the CUDA trainer");
+    options.tf32 = false;
+    options.profile = true;
+    CHECK_DIES(cpu_open(&backend, &config, &options), "--profile is an option of the CUDA trainer");
+}
+
 int main(void) {
     RUN(test_gemm_shapes);
     RUN(test_gemm_options);
@@ -1196,5 +1213,6 @@ int main(void) {
     RUN(test_evaluation);
     RUN(test_small_run);
     RUN(test_any_micro_batch);
+    RUN(test_refused_options);
     return test_summary();
 }

@@ -1396,11 +1396,19 @@ static void cpu_state_get(void* self, void* blob) { (void)self, (void)blob; }
 static void cpu_state_set(void* self, const void* blob) { (void)self, (void)blob; }
 static void cpu_close(void* self) { gpt_free((GPT*)self); }
 
-static void cpu_open(Backend* backend, const GPTConfig* config, int max_B, int max_T) {
+static void cpu_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
+    if (options->recompute != RECOMPUTE_AUTO && options->recompute != RECOMPUTE_LAYERNORM) {
+        fatal("--recompute (-r) %d: the CPU trainer always computes GELU and LayerNorm again; leave it out, or give 2",
+              options->recompute);
+    }
+    if (options->tf32 || options->profile) {
+        fatal("--%s is an option of the CUDA trainer (make train_gptcu); leave it out",
+              options->tf32 ? "tf32" : "profile");
+    }
     static char device[96]; // lives as long as the program, like the only backend that it describes
     snprintf(device, sizeof device, "CPU, %d thread%s, %d-bit vectors", max_threads(), max_threads() == 1 ? "" : "s",
              8 * VEC_BYTES);
-    GPT* g = gpt_create(config, max_B, max_T);
+    GPT* g = gpt_create(config, options->max_B, options->max_T);
     *backend = (Backend){.self = g,
                          .device = device,
                          .peak_flops = measure_peak_flops(),

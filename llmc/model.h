@@ -329,8 +329,25 @@ typedef struct {
     void (*close)(void* self);
 } Backend;
 
-// Makes a backend for micro-batches of up to max_B examples of up to max_T tokens; weights are zero until set().
-typedef void (*BackendOpen)(Backend* backend, const GPTConfig* config, int max_B, int max_T);
+// What the backward pass computes again instead of keeping it: nothing, the output of GELU, that of the LayerNorms as well.
+enum { RECOMPUTE_AUTO = -1, RECOMPUTE_NOTHING, RECOMPUTE_GELU, RECOMPUTE_LAYERNORM };
+
+// How a backend works. Nothing here changes what is computed beyond rounding.
+typedef struct {
+    int max_B, max_T; // largest micro-batch: examples, tokens in each
+    int recompute;    // RECOMPUTE_*
+    bool tf32;        // fp32 products on tensor cores, with 10 bits of mantissa
+    bool profile;     // measure the time of each part of a step; printed by close()
+} BackendOptions;
+
+// What the trainers use unless told otherwise.
+static inline BackendOptions backend_options(int max_B, int max_T) {
+    BackendOptions o = {max_B, max_T, RECOMPUTE_AUTO, false, false};
+    return o;
+}
+
+// Makes a backend; weights are zero until set(). fatal() where it has not what the options ask for.
+typedef void (*BackendOpen)(Backend* backend, const GPTConfig* config, const BackendOptions* options);
 
 // Draws all weights as PyTorch's GPT-2 recipe does: one generator, layer by layer, only the matrices, wte first.
 // set receives each tensor once; buffer holds one tensor at a time.

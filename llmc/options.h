@@ -68,6 +68,9 @@ typedef struct {
     // guards
     double outlier_loss_z, outlier_grad_z;
     int max_bad_steps;
+    // machine
+    int recompute; // model.h's RECOMPUTE_*
+    int tf32, profile;
 
     bool given[96]; // by row of the table: was it on the command line?
 } Options;
@@ -224,6 +227,14 @@ static const OptionRow option_rows[] = {
      "the same for the norm of the gradient"},
     {NULL, "max-bad-steps", NULL, OPTION_INT, AT(max_bad_steps), 1, 1000000000, NULL, "10", "N",
      "end the run, with status 1, after this many skipped steps in a row"},
+
+    {"Machine", "recompute", "r", OPTION_INT, AT(recompute), 0, 2, "auto", "auto", "N",
+     "what the backward pass computes again to save memory: 0 nothing, 1 the output of GELU, 2 also that of the "
+     "LayerNorms; auto: 0 on a GPU, 2 on the CPU, which knows nothing else"},
+    {NULL, "tf32", NULL, OPTION_FLAG, AT(tf32), 0, 0, NULL, "0", NULL,
+     "CUDA trainer built with PRECISION=FP32: matrix products on tensor cores, with 10 bits of mantissa"},
+    {NULL, "profile", NULL, OPTION_FLAG, AT(profile), 0, 0, NULL, "0", NULL,
+     "CUDA trainer: print where the time of a step goes, part by part beside its floor, when the run ends"},
 };
 // clang-format on
 #undef AT

@@ -321,7 +321,8 @@ static inline bool resume(Trainer* t, bool with_state) {
 static inline void trainer_start(Trainer* t, BackendOpen open) {
     const Options* o = &t->options;
     char path[PATH_SIZE], error[PATH_SIZE + 256];
-    open(&t->backend, &t->plan.config, o->micro_batch, t->plan.T);
+    BackendOptions how = {o->micro_batch, t->plan.T, o->recompute, o->tf32 == 1, o->profile == 1};
+    open(&t->backend, &t->plan.config, &how);
     const ParamTable table = param_table(&t->plan.config);
     const size_t batch = (size_t)o->micro_batch * (size_t)t->plan.T;
     t->stats.sq_sum = (double*)alloc_zeroed((size_t)table.num_tensors, sizeof(double), "norms");

@@ -213,7 +213,8 @@ static void step_open(Step* s, const char* model) {
     memset(s, 0, sizeof *s);
     if (!config_from_name(model, &s->config)) { fatal("there is no model '%s'", model); }
     const int max_T = s->config.max_seq_len;
-    cpu_open(&s->backend, &s->config, STEP_B, max_T);
+    const BackendOptions options = backend_options(STEP_B, max_T);
+    cpu_open(&s->backend, &s->config, &options);
     model_init_weights(&s->config, 42, &s->backend);
     const size_t count = (size_t)STEP_B * (size_t)max_T, tensors = (size_t)param_table(&s->config).num_tensors;
     s->tokens = (int*)alloc_zeroed(count, sizeof(int), "tokens");

@@ -214,7 +214,8 @@ typedef struct {
 static void loop_open(Loop* l, double gns, uint64_t seed, double batch_min, double tau) {
     GPTConfig config = toy_config();
     memset(l, 0, sizeof *l);
-    toy_open(&l->backend, &config, 64, TOY_T);
+    const BackendOptions options = backend_options(64, TOY_T);
+    toy_open(&l->backend, &config, &options);
     l->toy = (Toy*)l->backend.self;
     l->toy->seed = seed;
     for (int g = 0; g < NUM_PARAM_GROUPS; g++) { l->toy->noise[g] = gns; }

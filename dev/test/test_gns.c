@@ -6,7 +6,8 @@
 // A toy whose LayerNorm tensors have this noise scale.
 static Toy* open_toy(Backend* backend, double gns, uint64_t seed, int max_B) {
     GPTConfig config = toy_config();
-    toy_open(backend, &config, max_B, TOY_T);
+    const BackendOptions options = backend_options(max_B, TOY_T);
+    toy_open(backend, &config, &options);
     Toy* toy = (Toy*)backend->self;
     toy->noise[GROUP_LN] = gns;
     toy->seed = seed;

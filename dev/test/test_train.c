@@ -390,8 +390,8 @@ static void test_shares_of_ranks(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Resuming
 
-static void spiky_open(Backend* backend, const GPTConfig* config, int max_B, int max_T) {
-    toy_open(backend, config, max_B, max_T);
+static void spiky_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
+    toy_open(backend, config, options);
     ((Toy*)backend->self)->spike_first = 300;
     ((Toy*)backend->self)->spike_last = 302;
 }
@@ -401,8 +401,8 @@ static void slow_step_end(void* self, const StepHyper* hyper, StepStats* stats) 
     toy_step_end(self, hyper, stats);
 }
 
-static void slow_open(Backend* backend, const GPTConfig* config, int max_B, int max_T) {
-    spiky_open(backend, config, max_B, max_T);
+static void slow_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
+    spiky_open(backend, config, options);
     backend->step_end = slow_step_end;
 }
 
@@ -477,8 +477,8 @@ static void very_slow_step_end(void* self, const StepHyper* hyper, StepStats* st
     toy_step_end(self, hyper, stats);
 }
 
-static void very_slow_open(Backend* backend, const GPTConfig* config, int max_B, int max_T) {
-    toy_open(backend, config, max_B, max_T);
+static void very_slow_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
+    toy_open(backend, config, options);
     backend->step_end = very_slow_step_end;
 }
 
@@ -525,8 +525,8 @@ static void fail_renames_step_begin(void* self, int gns) {
     toy_step_begin(self, gns);
 }
 
-static void fail_once_open(Backend* backend, const GPTConfig* config, int max_B, int max_T) {
-    toy_open(backend, config, max_B, max_T);
+static void fail_once_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
+    toy_open(backend, config, options);
     backend->step_begin = fail_renames_step_begin;
 }
 
@@ -535,8 +535,8 @@ static void always_fail_step_begin(void* self, int gns) {
     toy_step_begin(self, gns);
 }
 
-static void fail_always_open(Backend* backend, const GPTConfig* config, int max_B, int max_T) {
-    toy_open(backend, config, max_B, max_T);
+static void fail_always_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
+    toy_open(backend, config, options);
     backend->step_begin = always_fail_step_begin;
 }
 
@@ -558,14 +558,14 @@ static void test_failing_checkpoints(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Bad steps
 
-static void nan_some_open(Backend* backend, const GPTConfig* config, int max_B, int max_T) {
-    toy_open(backend, config, max_B, max_T);
+static void nan_some_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
+    toy_open(backend, config, options);
     ((Toy*)backend->self)->nan_first = 6;
     ((Toy*)backend->self)->nan_last = 8;
 }
 
-static void nan_open(Backend* backend, const GPTConfig* config, int max_B, int max_T) {
-    nan_some_open(backend, config, max_B, max_T);
+static void nan_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
+    nan_some_open(backend, config, options);
     ((Toy*)backend->self)->nan_last = 1000000;
 }
 
@@ -604,8 +604,8 @@ static void test_too_many_bad_steps(void) {
     CHECK(said("stderr", "no checkpoint was saved"));
 }
 
-static void spike_open(Backend* backend, const GPTConfig* config, int max_B, int max_T) {
-    toy_open(backend, config, max_B, max_T);
+static void spike_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
+    toy_open(backend, config, options);
     ((Toy*)backend->self)->spike_first = ((Toy*)backend->self)->spike_last = 150;
 }
 

@@ -254,12 +254,12 @@ static inline void toy_close(void* self) {
 }
 
 // A BackendOpen.
-static inline void toy_open(Backend* backend, const GPTConfig* config, int max_B, int max_T) {
+static inline void toy_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
     Toy* toy = (Toy*)alloc_zeroed(1, sizeof(Toy), "the toy");
     toy->config = *config;
     toy->table = param_table(config);
-    toy->max_B = max_B;
-    toy->max_T = max_T;
+    toy->max_B = options->max_B;
+    toy->max_T = options->max_T;
     for (int r = 0; r < NUM_ROWS; r++) {
         const ParamRow* row = &toy->table.row[r];
         toy->used_size[row->group] += (int64_t)row->used_rows * row->cols * row->count;
