@@ -9,7 +9,7 @@ BUILD := build
 CFLAGS ?= -O3 -fno-math-errno -Wall -Wextra
 CLANG_FORMAT ?= $(or $(shell command -v clang-format-14 2>/dev/null),clang-format)
 
-.PHONY: info test test-gpu asan demo bench bench-gpu check-cxx format format-check clean help FORCE
+.PHONY: info test test-gpu asan demo bench bench-gpu bench-gpu-ops check-cxx format format-check clean help FORCE
 .DEFAULT_GOAL := train_gpt
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,22 +147,60 @@ help:: ## this list
 	@awk -F ':+ .*## ' '/^[a-z_-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 # ----------------------------------------------------------------------------------------------------------------------
-# GPU operations: each has a program in dev/cuda that checks and times it, once in bf16 and once in fp32
+# The CUDA trainer. Each of its operations has a program in dev/cuda that checks and times it, in bf16 and in fp32.
+#
+# PRECISION=FP32 builds the trainer in fp32. Without a GPU on this machine say for which one to build: GPU_ARCH=sm_90a.
 
-NVCC_FLAGS = -std=c++17 -O3 -I. $(if $(GPU_ARCH),-gencode=arch=compute_$(GPU_ARCH:sm_%=%)$(comma)code=$(GPU_ARCH))
 comma := ,
+need_nvcc = $(if $(NVCC),,$(error this needs nvcc, which was not found: install the CUDA toolkit or say make NVCC=/path/to/nvcc))$(if \
+            $(GPU_ARCH),,$(error nvidia-smi names no GPU on this machine: say for which one to build, such as make GPU_ARCH=sm_90a))
+NVCC_FLAGS = -std=c++17 -O3 -I. $(if $(GPU_ARCH),-gencode=arch=compute_$(GPU_ARCH:sm_%=%)$(comma)code=$(GPU_ARCH)) \
+             $(if $(filter 1,$(WERROR)),-Werror all-warnings -Xcompiler -Wall$(comma)-Wextra)
+NVCC_LIBS = -lcublasLt -lcublas
+ifneq ($(filter-out BF16 FP32,$(PRECISION)),)
+$(error PRECISION=$(PRECISION): expected BF16 (the default) or FP32)
+endif
+FP32_FLAG = $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32)
+COMPILE_CUDA = $(need_nvcc)$(NVCC) $(NVCC_FLAGS) $(DEFINES) -MMD -MF $(BUILD)/$(notdir $@).d -MT $@ $< $(filter %.o,$^) -o $@ $(NVCC_LIBS)
+
+train_gptcu: DEFINES = $(FP32_FLAG) -DGIT_REVISION='"$(REVISION)"' -DBUILD_FLAGS='"nvcc $(NVCC_FLAGS) $(FP32_FLAG)"'
+train_gptcu: train_gpt.cu $(BUILD)/cuda_flags $(BUILD)/trainer_flags $(BUILD)/revision ## the CUDA trainer
+	$(COMPILE_CUDA)
+
+$(BUILD)/cuda_flags: STAMP = $(NVCC) $(NVCC_FLAGS)
+$(BUILD)/trainer_flags: STAMP = $(FP32_FLAG)
+$(BUILD)/cuda_flags $(BUILD)/trainer_flags: FORCE
+	@mkdir -p $(BUILD)
+	@echo '$(STAMP)' | cmp -s - $@ || echo '$(STAMP)' > $@
+
 CUDA_NAMES := $(patsubst dev/cuda/%.cu,%,$(sort $(wildcard dev/cuda/*.cu)))
 CUDA_PROGRAMS := $(CUDA_NAMES:%=$(BUILD)/cuda_%) $(CUDA_NAMES:%=$(BUILD)/cuda_fp32_%)
-need_nvcc = $(if $(NVCC),,$(error this needs nvcc, which was not found: install the CUDA toolkit or say make NVCC=/path/to/nvcc))
 
-$(BUILD)/cuda_fp32_%: dev/cuda/%.cu $(BUILD)/flags
-	$(need_nvcc)$(NVCC) $(NVCC_FLAGS) -DPRECISION_FP32 -MMD -MF $@.d -MT $@ $< -o $@ -lcublasLt -lcublas
+$(CUDA_NAMES:%=$(BUILD)/cuda_fp32_%): DEFINES = -DPRECISION_FP32
+$(CUDA_NAMES:%=$(BUILD)/cuda_fp32_%): $(BUILD)/cuda_fp32_%: dev/cuda/%.cu $(BUILD)/cuda_flags
+	$(COMPILE_CUDA)
 
-$(BUILD)/cuda_%: dev/cuda/%.cu $(BUILD)/flags
-	$(need_nvcc)$(NVCC) $(NVCC_FLAGS) -MMD -MF $@.d -MT $@ $< -o $@ -lcublasLt -lcublas
+$(CUDA_NAMES:%=$(BUILD)/cuda_%): $(BUILD)/cuda_%: dev/cuda/%.cu $(BUILD)/cuda_flags
+	$(COMPILE_CUDA)
 
-test-gpu: $(CUDA_PROGRAMS) ## checks every GPU operation on this machine's GPU, in bf16 and in fp32
-	@sh dev/test/run.sh $(CUDA_PROGRAMS:%='% check')
+# The CPU trainer's model, in float and in double, which the CUDA trainer is compared with.
+CPU_OBJECTS := $(BUILD)/cpu_float.o $(BUILD)/cpu_double.o
+$(CPU_OBJECTS): $(BUILD)/cpu_%.o: dev/test/cpu_backend.c $(BUILD)/flags
+	$(CC) $(ALL_CFLAGS) -Wno-pass-failed -DREAL=$* -DCPU_OPEN=cpu_open_$* -MMD -MP -MF $@.d -MT $@ -c $< -o $@
 
-bench-gpu: $(CUDA_NAMES:%=$(BUILD)/cuda_%) ## times every GPU operation beside its floor
+GPT_TESTS := $(BUILD)/test_gptcu $(BUILD)/test_gptcu_fp32
+$(BUILD)/test_gptcu_fp32: DEFINES = -DPRECISION_FP32
+$(GPT_TESTS): NVCC_LIBS += $(if $(OPENMP),$(if $(findstring clang,$(notdir $(CC))),-lomp,-lgomp))
+$(GPT_TESTS): test_gpt.cu $(CPU_OBJECTS) $(BUILD)/cuda_flags
+	$(COMPILE_CUDA)
+
+test-gpu: $(CUDA_PROGRAMS) $(GPT_TESTS) train_gpt train_gptcu $(BUILD)/text_to_tokens ## every test of the CUDA trainer and its operations, on this machine's GPU
+	@sh dev/test/run.sh $(CUDA_PROGRAMS:%='% check') $(GPT_TESTS) 'sh dev/test/gpu_runs.sh'
+
+# BENCH: sections of dev/bench/gpu_step.py, all if empty. LLMC: a folder with llm.c's CUDA trainers to compare with, which
+# dev/bench/llmc_gpu.sh builds.
+bench-gpu: train_gptcu ## speed of whole steps on this machine's GPU, beside llm.c's
+	$(PYTHON) dev/bench/gpu_step.py $(BENCH) $(if $(LLMC),--llmc $(LLMC))
+
+bench-gpu-ops: $(CUDA_NAMES:%=$(BUILD)/cuda_%) ## times every GPU operation beside its floor
 	@for program in $^; do echo "$$program" && $$program || exit 1; done
