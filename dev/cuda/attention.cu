@@ -1,4 +1,5 @@
-// Checks attention.cuh against double, and times it. See harness.cuh.
+// Checks attention.cuh against double, and times it: the portable kernels and, where they run, those for compute capability
+// 9.0. See harness.cuh.
 #include "llmc/attention.cuh"
 #include "dev/cuda/harness.cuh"
 
@@ -115,10 +116,10 @@ static Result run_once(const Attention& a, const std::vector<floatX>& qkv, const
 // Tolerances. fp32: sums of up to T + HS terms of rounding 6e-8. bf16: the outputs are rounded (1.7e-3 of the norm), and so are
 // probabilities, ds and the out that the backward pass reads: each a like amount, averaged over many terms. With one
 // token dq and dk are zero but for rounding: then the bound is absolute, which check_close sees by itself.
-static void check_attention(int B, int T, int NH, int HS, bool cosine, double std) {
+static void check_version(int B, int T, int NH, int HS, bool cosine, double std, bool portable) {
     const bool fp32 = sizeof(floatX) == 4;
     const size_t C = (size_t)NH * HS, tokens = (size_t)B * T;
-    const Attention a = {B, T, NH, HS, (float)((cosine ? 8.0 : 1.0) / sqrt((double)HS)), cosine};
+    const Attention a = {B, T, NH, HS, (float)((cosine ? 8.0 : 1.0) / sqrt((double)HS)), cosine, portable};
     std::vector<floatX> qkv = random_normal<floatX>(tokens * 3 * C, 0, std, 11 + (uint64_t)(T * HS));
     const std::vector<floatX> dout = random_normal<floatX>(tokens * C, 0, 1, 12 + (uint64_t)(T * HS));
     if (cosine) { // a row whose norm lies below the floor
@@ -157,7 +158,8 @@ static void check_attention(int B, int T, int NH, int HS, bool cosine, double st
         }
     }
     char what[128];
-    snprintf(what, sizeof what, "B %d, T %d, NH %d, HS %d%s", B, T, NH, HS, cosine ? ", cosine" : "");
+    snprintf(what, sizeof what, "%sB %d, T %d, NH %d, HS %d%s", portable ? "" : "Hopper, ", B, T, NH, HS,
+             cosine ? ", cosine" : "");
     auto name = [&](const char* part) {
         static char text[160];
         snprintf(text, sizeof text, "%s: %s", what, part);
@@ -173,12 +175,29 @@ static void check_attention(int B, int T, int NH, int HS, bool cosine, double st
     check_same_bits(name("lse, same bits"), r.lse, again.lse);
 }
 
+// Every version that this device runs.
+static void check_attention(int B, int T, int NH, int HS, bool cosine, double std) {
+    check_version(B, T, NH, HS, cosine, std, true);
+    if (attention_on_hopper({B, T, NH, HS, 1, cosine})) { check_version(B, T, NH, HS, cosine, std, false); }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Times
 
-static void time_attention(int B, int NH, int T, int HS, bool cosine, double bandwidth) {
-    const Attention a = {B, T, NH, HS, (float)(1 / sqrt((double)HS)), cosine};
-    const size_t N = (size_t)B * T * NH * HS, rows = (size_t)B * NH * T;
+// Operations a second of the tensor cores at the highest clock, on bf16; 0 where not known.
+static double tensor_core_rate() {
+    int clock_khz, processors, major, minor;
+    cuda_check(cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, 0));
+    cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
+    cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    cuda_check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+    const double a_clock = major == 9 ? 4096 : major == 8 && minor == 0 ? 2048 : 0;
+    return sizeof(floatX) == 2 ? a_clock * clock_khz * 1e3 * processors : 0;
+}
+
+// Microseconds of the forward and the backward pass.
+static void time_version(const Attention& a, double (&us)[2]) {
+    const size_t N = (size_t)a.B * a.T * a.NH * a.HS, rows = (size_t)a.B * a.NH * a.T;
     const int sets = buffer_sets(8 * N * sizeof(floatX));
     const std::vector<floatX> values = random_normal<floatX>((size_t)1 << 22, 0, 1, 5);
     std::vector<floatX*> qkv, out, dout, dqkv;
@@ -199,23 +218,14 @@ static void time_attention(int B, int NH, int T, int HS, bool cosine, double ban
         lse.push_back(device_alloc<float>(rows));
     }
     char* scratch = device_alloc<char>(attention_scratch_bytes(a));
-    const double forward = median_us([&](int i) {
+    us[0] = median_us([&](int i) {
         const int s = i % sets;
         attention_forward(out[s], lse[s], qkv[s], scratch, a, 0);
     });
-    const double backward = median_us([&](int i) {
+    us[1] = median_us([&](int i) {
         const int s = i % sets;
         attention_backward(dqkv[s], dout[s], out[s], lse[s], qkv[s], scratch, a, 0);
     });
-    const double flops = 2.0 * B * NH * T * (double)T * HS, x = sizeof(floatX);
-    char what[128];
-    const char* kind = cosine ? ", cosine" : "";
-    snprintf(what, sizeof what, "forward  B %d, %d heads, T %d, d %d%s: %.0f TFLOP/s", B, NH, T, HS, kind,
-             flops / forward / 1e6);
-    print_row(what, forward, 4 * x * (double)N + 4.0 * (double)rows, bandwidth);
-    snprintf(what, sizeof what, "backward B %d, %d heads, T %d, d %d%s: %.0f TFLOP/s", B, NH, T, HS, kind,
-             2.5 * flops / backward / 1e6);
-    print_row(what, backward, 8 * x * (double)N + 4.0 * (double)rows, bandwidth);
     for (int i = 0; i < sets; i++) {
         for (void* p : {(void*)qkv[i], (void*)out[i], (void*)dout[i], (void*)dqkv[i], (void*)lse[i]}) {
             cuda_check(cudaFree(p));
@@ -224,25 +234,56 @@ static void time_attention(int B, int NH, int T, int HS, bool cosine, double ban
     cuda_check(cudaFree(scratch));
 }
 
+// The versions beside each other, with their shares of the tensor cores' rate.
+static void time_attention(int B, int NH, int T, int HS, bool cosine, double rate) {
+    const Attention portable = {B, T, NH, HS, (float)(1 / sqrt((double)HS)), cosine, true};
+    const Attention best = {B, T, NH, HS, portable.scale, cosine};
+    const bool hopper = attention_on_hopper(best);
+    double us[2][2];
+    time_version(portable, us[0]);
+    if (hopper) { time_version(best, us[1]); }
+    for (int pass = 0; pass < 2; pass++) {
+        const double flops = (pass == 0 ? 2.0 : 5.0) * B * NH * T * (double)T * HS;
+        char what[128];
+        snprintf(what, sizeof what, "%s B %d, %d heads, T %d, d %d%s", pass == 0 ? "forward " : "backward", B, NH, T,
+                 HS, cosine ? ", cosine" : "");
+        printf("%-52s", what);
+        for (int version = 0; version < (hopper ? 2 : 1); version++) {
+            const double time = us[version][pass];
+            printf("  %s %8.1f us %4.0f TFLOP/s", version == 0 ? "portable" : "Hopper", time, flops / time / 1e6);
+            if (rate > 0) { printf(" %5.1f%%", 100 * flops / (time * 1e-6) / rate); }
+        }
+        printf("\n");
+    }
+}
+
 int main(int argc, char** argv) {
     for (int HS : {16, 48, 64, 80, 128}) {
         for (int T : {1, 17, 64, 100, 257}) { check_attention(2, T, 3, HS, false, 1); }
         check_attention(1, 100, 2, HS, true, 1);
     }
+    for (int HS : {64, 128}) { // on both sides of a tile and of a block of rows
+        for (int T : {2, 63, 65, 127, 128, 129, 191, 193, 200, 400}) { check_attention(1, T, 1, HS, false, 1); }
+        check_attention(16, 200, 12, HS, false, 1); // more blocks of rows than multiprocessors, of unlike sizes
+    }
     for (int HS : {32, 96, 112}) { check_attention(1, 129, 1, HS, false, 1); }
     check_attention(1, 1, 1, 64, true, 1);
-    check_attention(3, 257, 2, 64, true, 0.02); // cosine attention does not see the size of q and k
-    check_attention(1, 257, 2, 64, false, 4);   // probabilities near 0 and 1
-    check_attention(1, 700, 1, 64, false, 1);   // several blocks of queries and keys
+    check_attention(3, 257, 2, 64, true, 0.02);  // cosine attention does not see the size of q and k
+    check_attention(3, 257, 2, 128, true, 0.02); // nor here
+    check_attention(1, 257, 2, 64, false, 4);    // probabilities near 0 and 1
+    check_attention(1, 257, 2, 128, false, 4);
+    check_attention(1, 700, 1, 64, false, 1); // several blocks of queries and keys
     check_attention(1, 700, 1, 128, false, 1);
     const int status = check_summary();
     if (argc > 1 && strcmp(argv[1], "check") == 0) { return status; }
-    const double bandwidth = copy_bandwidth();
-    printf("copy: %.0f GB/s; TFLOP/s count the causal half: 4*B*NH*T*T*d/2 forward, 2.5 times that backward\n",
-           bandwidth / 1e9);
-    time_attention(64, 12, 1024, 64, false, bandwidth);
-    time_attention(32, 12, 2048, 64, false, bandwidth);
-    time_attention(8, 16, 4096, 128, false, bandwidth);
-    time_attention(32, 12, 2048, 64, true, bandwidth);
+    const double rate = tensor_core_rate();
+    printf("TFLOP/s count the causal half: 4*B*NH*T*T*d/2 forward, 2.5 times that backward");
+    if (rate > 0) { printf("; the floor is %.0f TFLOP/s, the tensor cores at the highest clock", rate / 1e12); }
+    printf("\n");
+    time_attention(64, 12, 1024, 64, false, rate);
+    time_attention(32, 12, 2048, 64, false, rate);
+    time_attention(32, 16, 1024, 128, false, rate);
+    time_attention(8, 16, 4096, 128, false, rate);
+    time_attention(32, 12, 2048, 64, true, rate);
     return status;
 }
