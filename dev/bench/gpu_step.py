@@ -101,7 +101,16 @@ class DeviceMemory:
             self.found = self.found and self.nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self.handle)) == 0
         except OSError:
             self.found = False
-        self.idle = self.used()
+        self.idle = self.settled()
+
+    def settled(self) -> int:
+        """What is in use once a program that has just ended has given its memory back: no less for a second."""
+        least, since = self.used(), time.monotonic()
+        while self.found and time.monotonic() - since < 1:
+            time.sleep(0.05)
+            if self.used() < least:
+                least, since = self.used(), time.monotonic()
+        return least
 
     def used(self) -> int:
         info = self.Info()
