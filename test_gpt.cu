@@ -576,6 +576,33 @@ static void test_same_bits() {
     check_same_bits(&large_run);
 }
 
+#ifdef LLMC_CUDA_COMMON_CUH // not with a CPU model in its place
+
+// A step reads nothing that no step has written: memory full of NaN beforehand changes no bit. (compute-sanitizer's
+// initcheck cannot say it: it does not see what cuBLASLt writes.)
+static void test_nothing_unwritten_is_read() {
+    for (const Shape* s : {&small_run, &large_run}) {
+        for (int recompute = RECOMPUTE_NOTHING; recompute <= RECOMPUTE_LAYERNORM; recompute++) {
+            Model* m = model_open(DEVICE_OPEN, s, recompute);
+            GPT* g = (GPT*)m->backend.self;
+            const Batch batch = batch_of(s);
+            draw_weights(m, s);
+            const Found expected = measure(m, batch, 0, s->micros, GNS_ALL);
+            for (int i : {MEM_GRADIENTS, MEM_ACTIVATIONS, MEM_SCRATCH}) {
+                cuda_check(cudaMemset(g->memory[i], 0xff, g->bytes[i]));
+            }
+            cuda_check(cudaMemset(g->gns_memory, 0xff, g->gns_bytes));
+            const Found found = measure(m, batch, 0, s->micros, GNS_ALL);
+            CHECK(found.loss == expected.loss && found.grad_norm == expected.grad_norm);
+            CHECK(found.sq_sum == expected.sq_sum && found.sum_sq == expected.sum_sq);
+            CHECK(same_floats(found.gradient, expected.gradient));
+            model_close(m);
+        }
+    }
+}
+
+#endif
+
 // Five steps of AdamW beside its formulas in double on the model's own gradients: without clipping, clipped, and clipping
 // that does not bite. (Beside another model's gradients the weights would tell little: where a gradient is zero but for
 // rounding, Adam's first steps are +-lr by the sign of the rounding.)
@@ -886,6 +913,9 @@ int main(void) {
     RUN_AND_SAY(test_gns_modes);
     RUN_AND_SAY(test_recompute);
     RUN(test_same_bits);
+#ifdef LLMC_CUDA_COMMON_CUH
+    RUN(test_nothing_unwritten_is_read);
+#endif
     RUN_AND_SAY(test_update);
     RUN_AND_SAY(test_guards);
     RUN(test_step_without_examples);

@@ -85,6 +85,7 @@ typedef struct {
     void* memory[NUM_MEMS]; // one allocation each, which holds the arrays below
     size_t bytes[NUM_MEMS];
     void* gns_memory; // likewise, at the first step that measures all tensors
+    size_t gns_bytes;
     // Flat arrays in the order of the model file.
     float *master, *grads, *m, *v;
     floatX* weights; // what the operations read: master, rounded to floatX, or master itself
@@ -106,9 +107,8 @@ typedef struct {
     double* norm_scratch;
     // --gns all
     float* example_grads; // (group, OC, C): gradients of single examples
-    size_t example_grads_size;
-    floatX* gathered;  // (logits_rows, T) logit gradients in the columns of each example's tokens
-    floatX* head_rows; // (B, T, C) the head's gradient of wte in the rows of each example's tokens
+    floatX* gathered;     // (logits_rows, T) logit gradients in the columns of each example's tokens
+    floatX* head_rows;    // (B, T, C) the head's gradient of wte in the rows of each example's tokens
     // The step in progress.
     int gns;          // what is measured
     int micros;       // micro-batches so far: the first one overwrites the matrices' gradients, later ones add
@@ -219,24 +219,27 @@ static int examples_group(int B, size_t size) {
     return (int)std::min(std::max(most, (size_t)1), (size_t)B);
 }
 
+static void gns_all_layout(GPT* g, Arena* arena) {
+    size_t largest = 0;
+    for (int r = 0; r < NUM_ROWS; r++) {
+        const size_t size = g->table.row[r].size;
+        const bool product = g->table.row[r].cols > 1 && r != WPE;
+        if (product) { largest = std::max(largest, size * (size_t)examples_group(g->max_B, size)); }
+    }
+    arena_take(arena, &g->example_grads, largest);
+    arena_take(arena, &g->gathered, g->logits_rows * (size_t)g->max_T);
+    arena_take(arena, &g->head_rows, g->max_N * (size_t)g->config.channels);
+}
+
 // What --gns all needs besides, at the first step that measures all tensors.
 static void gpt_reserve_gns_all(GPT* g) {
-    for (int pass = 0; pass < 2; pass++) {
-        Arena arena = {(char*)g->gns_memory, 0};
-        for (int r = 0; r < NUM_ROWS; r++) {
-            const size_t size = g->table.row[r].size;
-            if (g->table.row[r].cols == 1 || r == WPE) { continue; }
-            g->example_grads_size = std::max(g->example_grads_size, size * (size_t)examples_group(g->max_B, size));
-        }
-        arena_take(&arena, &g->example_grads, g->example_grads_size);
-        arena_take(&arena, &g->gathered, g->logits_rows * (size_t)g->max_T);
-        arena_take(&arena, &g->head_rows, g->max_N * (size_t)g->config.channels);
-        if (pass == 0) {
-            g->gns_memory = device_alloc(arena.used, "per-example norms of all tensors");
-            printf("memory      per-example norms of all tensors: scratch %.1f MiB more\n",
-                   (double)arena.used / (1 << 20));
-        }
-    }
+    Arena count = {}, arena = {};
+    gns_all_layout(g, &count);
+    g->gns_bytes = count.used;
+    g->gns_memory = device_alloc(g->gns_bytes, "per-example norms of all tensors");
+    arena.base = (char*)g->gns_memory;
+    gns_all_layout(g, &arena);
+    printf("memory      per-example norms of all tensors: scratch %.1f MiB more\n", (double)g->gns_bytes / (1 << 20));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
