@@ -161,7 +161,7 @@ ifneq ($(filter-out BF16 FP32,$(PRECISION)),)
 $(error PRECISION=$(PRECISION): expected BF16 (the default) or FP32)
 endif
 FP32_FLAG = $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32)
-COMPILE_CUDA = $(need_nvcc)$(NVCC) $(NVCC_FLAGS) $(DEFINES) -MMD -MF $(BUILD)/$(notdir $@).d -MT $@ $< $(filter %.o,$^) -o $@ $(NVCC_LIBS)
+COMPILE_CUDA = $(need_nvcc)$(NVCC) $(NVCC_FLAGS) $(DEFINES) -MMD -MP -MF $(BUILD)/$(notdir $@).d -MT $@ $< $(filter %.o,$^) -o $@ $(NVCC_LIBS)
 
 train_gptcu: DEFINES = $(FP32_FLAG) -DGIT_REVISION='"$(REVISION)"' -DBUILD_FLAGS='"nvcc $(NVCC_FLAGS) $(FP32_FLAG)"'
 train_gptcu: train_gpt.cu $(BUILD)/cuda_flags $(BUILD)/trainer_flags $(BUILD)/revision ## the CUDA trainer

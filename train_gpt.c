@@ -1431,6 +1431,7 @@ static void cpu_open(Backend* backend, const GPTConfig* config, const BackendOpt
         printf("%s%s %.1f MiB", i > 0 ? ", " : "", names[i], (double)g->bytes[i] / (1 << 20));
     }
     printf("\n");
+    if (options->gns_all) { gpt_reserve_gns_all(g); }
 }
 
 #ifndef TRAIN_GPT_NO_MAIN

@@ -12,8 +12,8 @@ sums over examples; the same calls give the same bits (see the numerical contrac
 
 Time. Everything goes to one stream in the order of the formulas, and the host runs ahead of it: micro() copies its tokens
 into pinned memory and returns, so the loop reads the next micro-batch's data while the GPU computes. The one wait
-of a step is in step_end(), for the numbers that the loop decides on. Whether to update and by what factor is
-decided on the device.
+of a step is in step_end(), for the numbers that the loop decides on (but the first product of each shape waits while its
+algorithm is chosen). Whether to update and by what factor is decided on the device.
 
 Memory. What the backward pass of a block needs of its forward pass is kept (BlockActivations), all of it or, by --recompute, without
 the outputs of GELU and LayerNorm. The head's logits, the largest array of all, exist for a part of the micro-batch at a time.
@@ -53,11 +53,6 @@ enum {
     LOGITS_BYTES = 2000 << 20,  // of logits at a time, if a single example has no more
     EXAMPLES_BYTES = 1024 << 20 // of per-example gradients of a matrix at a time, if a single one has no more
 };
-
-// A micro-batch on its way to the device: pinned, so that the copy does not stop the host.
-typedef struct {
-    int* tokens; // (2, max_N): tokens, then targets
-} Slot;
 
 // What a step brings back to the host, in one piece of pinned memory.
 typedef struct {
@@ -117,7 +112,9 @@ typedef struct {
     StepHyper* hyper;
     StepDecision* decision;
     StepReport* report; // pinned
-    Slot* slot;         // (num_slots)
+    // Micro-batches of the step on their way to the device, (2, max_N) each: tokens, then targets. Pinned, so that copying
+    // them does not stop the host.
+    int** slot; // (num_slots)
     int num_slots;
 } GPT;
 
@@ -150,7 +147,9 @@ static void* device_alloc(size_t bytes, const char* what) {
 // Bytes that the operations need for themselves, one at a time.
 static size_t scratch_bytes(const GPT* g) {
     const int B = g->max_B, T = g->max_T, C = g->config.channels, NH = g->config.num_heads;
-    const Attention attention = {B, T, NH, C / NH, 1, true};
+    bool cosine = false;
+    for (int l = 0; l < g->config.num_layers; l++) { cosine = cosine || config_is_cosine(&g->config, l); }
+    const Attention attention = {B, T, NH, C / NH, 1, cosine};
     size_t bytes = attention_scratch_bytes(attention);
     bytes = std::max(bytes, layernorm_backward_scratch(B, C));
     bytes = std::max(bytes, bias_backward_scratch(B, T, 4 * C));
@@ -275,8 +274,7 @@ static double attention_flops(const GPT* g, int B, int T) { return 4.0 * B * g->
 static void linear_forward(GPT* g, floatX* out, floatX* pre_gelu, const floatX* inp, int weight, int bias, int l,
                            int N) {
     const int OC = g->table.row[weight].rows, C = g->table.row[weight].cols;
-    matmul_forward(&g->mm, out, pre_gelu, NULL, inp, weight_of(g, weight, l), weight_of(g, bias, l), 1, N, C, OC,
-                   g->stream);
+    matmul_forward(&g->mm, out, pre_gelu, inp, weight_of(g, weight, l), weight_of(g, bias, l), 1, N, C, OC, g->stream);
     mark(g, PART_PRODUCTS, PASS_FORWARD, 2.0 * N * C * OC, 0);
 }
 
@@ -387,8 +385,7 @@ static void gpt_forward(GPT* g, int B, int T) {
 // g->logits (N, Vp) of the head's inputs x (N, C)
 static void head_logits(GPT* g, const floatX* x, int N) {
     const int C = g->config.channels, Vp = g->config.padded_vocab_size;
-    matmul_forward(&g->mm, g->logits, NULL, NULL, x, weight_of(g, WTE, 0), NULL, g->config.logit_mult, N, C, Vp,
-                   g->stream);
+    matmul_forward(&g->mm, g->logits, NULL, x, weight_of(g, WTE, 0), NULL, g->config.logit_mult, N, C, Vp, g->stream);
     mark(g, PART_HEAD, PASS_FORWARD, 2.0 * N * C * Vp, 0);
 }
 
@@ -474,14 +471,14 @@ static void gpt_step_begin(GPT* g, int gns) {
 static void send_tokens(GPT* g, const int* tokens, const int* targets, int B, int T) {
     const size_t N = (size_t)B * (size_t)T;
     if (g->micros == g->num_slots) {
-        Slot* more = (Slot*)alloc_zeroed((size_t)g->num_slots + 1, sizeof(Slot), "micro-batches");
+        int** more = (int**)alloc_zeroed((size_t)g->num_slots + 1, sizeof(int*), "micro-batches");
         for (int i = 0; i < g->num_slots; i++) { more[i] = g->slot[i]; }
-        cuda_check(cudaMallocHost((void**)&more[g->num_slots].tokens, 2 * g->max_N * sizeof(int)));
+        cuda_check(cudaMallocHost((void**)&more[g->num_slots], 2 * g->max_N * sizeof(int)));
         free(g->slot);
         g->slot = more;
         g->num_slots++;
     }
-    int *from = g->slot[g->micros].tokens, *from_targets = from + g->max_N;
+    int *from = g->slot[g->micros], *from_targets = from + g->max_N;
     memcpy(from, tokens, N * sizeof(int));
     cuda_check(cudaMemcpyAsync(g->tokens, from, N * sizeof(int), cudaMemcpyHostToDevice, g->stream));
     if (targets != NULL) {
@@ -630,7 +627,7 @@ static void cuda_close(void* self) {
     matmul_close(&g->mm);
     for (void* memory : g->memory) { cuda_check(cudaFree(memory)); }
     cuda_check(cudaFree(g->gns_memory));
-    for (int i = 0; i < g->num_slots; i++) { cuda_check(cudaFreeHost(g->slot[i].tokens)); }
+    for (int i = 0; i < g->num_slots; i++) { cuda_check(cudaFreeHost(g->slot[i])); }
     cuda_check(cudaFreeHost(g->report->norms));
     cuda_check(cudaFreeHost(g->report));
     cuda_check(cudaStreamDestroy(g->stream));
@@ -651,11 +648,17 @@ static cudaDeviceProp open_device(void) {
     }
     cuda_check(cudaSetDevice(0));
     cuda_check(cudaGetDeviceProperties(&p, 0));
-    if (cudaFuncGetAttributes(&unused, round_kernel) != cudaSuccess) {
+    if (p.major < 8) {
+        fatal("the CUDA trainer needs a GPU of compute capability 8.0 or later; %s has %d.%d", p.name, p.major,
+              p.minor);
+    }
+    const cudaError_t loaded = cudaFuncGetAttributes(&unused, round_kernel);
+    if (loaded == cudaErrorNoKernelImageForDevice) {
         fatal("this program was not built for the GPU here, %s of compute capability %d.%d; build it with make "
               "train_gptcu GPU_ARCH=sm_%d%d%s",
               p.name, p.major, p.minor, p.major, p.minor, p.major == 9 && p.minor == 0 ? "a" : "");
     }
+    cuda_check(loaded);
     return p;
 }
 
@@ -671,6 +674,11 @@ static void check_config(const GPTConfig* c, const BackendOptions* options) {
     if (c->channels > LAYERNORM_MAX_CHANNELS) {
         fatal("the CUDA trainer takes models of up to %d channels, not %d", (int)LAYERNORM_MAX_CHANNELS, c->channels);
     }
+    if (sizeof(floatX) == 2 && !(c->attn_mult > 0)) {
+        fatal("the CUDA trainer in bf16 needs a multiplier of the attention's scores above 0, not %g; build it with "
+              "PRECISION=FP32",
+              (double)c->attn_mult);
+    }
     if (c->padded_vocab_size % 8 != 0) {
         fatal("the CUDA trainer needs a vocabulary padded to a multiple of 8, not to %d rows; pad the model file's wte",
               c->padded_vocab_size);
@@ -678,6 +686,7 @@ static void check_config(const GPTConfig* c, const BackendOptions* options) {
     if (options->tf32 && sizeof(floatX) != sizeof(float)) {
         fatal("--tf32 is an option of the fp32 build (make train_gptcu PRECISION=FP32); this build computes in bf16");
     }
+    if (options->max_B > 65535) { fatal("the CUDA trainer takes micro-batches (-b) of up to 65535 examples"); }
     if ((int64_t)options->max_B * options->max_T > 1 << 28) {
         fatal("a micro-batch of %d x %d tokens is too large; the CUDA trainer takes up to %d (-b x -t)", options->max_B,
               options->max_T, 1 << 28);
@@ -704,7 +713,7 @@ static void measure_peaks(GPT* g) {
     floatX* x = (floatX*)device_alloc(4 * n * sizeof(floatX), "the measurement of the GPU's speed");
     noise_kernel<<<(unsigned)(4 * n / 256), 256, 0, g->stream>>>(x, 4 * n);
     cuda_check_launch();
-    matmul_forward(&g->mm, x + 2 * n, NULL, NULL, x, x + n, NULL, 1, SIZE, SIZE, SIZE,
+    matmul_forward(&g->mm, x + 2 * n, NULL, x, x + n, NULL, 1, SIZE, SIZE, SIZE,
                    g->stream); // chooses the algorithm
     for (int round = 0; round < ROUNDS; round++) {
         cuda_check(cudaEventRecord(g->mm.start, g->stream));
@@ -713,7 +722,7 @@ static void measure_peaks(GPT* g) {
         g->bandwidth = 2.0 * (double)copied / seconds_between(g->mm.start, g->mm.stop);
         cuda_check(cudaEventRecord(g->mm.start, g->stream));
         for (int i = 0; i < PRODUCTS; i++) {
-            matmul_forward(&g->mm, x + 2 * n, NULL, NULL, x, x + n, NULL, 1, SIZE, SIZE, SIZE, g->stream);
+            matmul_forward(&g->mm, x + 2 * n, NULL, x, x + n, NULL, 1, SIZE, SIZE, SIZE, g->stream);
         }
         cuda_check(cudaEventRecord(g->mm.stop, g->stream));
         g->peak_flops = PRODUCTS * 2.0 * SIZE * (double)n / seconds_between(g->mm.start, g->mm.stop);
@@ -756,6 +765,7 @@ static GPT* gpt_create(const GPTConfig* config, const BackendOptions* options) {
         printf("%s%s %.1f MiB", i > 0 ? ", " : "", names[i], (double)g->bytes[i] / (1 << 20));
     }
     printf("\n");
+    if (options->gns_all) { gpt_reserve_gns_all(g); }
     return g;
 }
 

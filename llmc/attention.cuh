@@ -77,8 +77,7 @@ static inline bool attention_on_hopper(const Attention& a) {
 #endif
 }
 
-// Bytes of scratch memory that attention_forward and attention_backward need: delta (for compute capability 9.0 with lse), then
-// the normalised q and k.
+// Of the scratch memory's first part: delta, for compute capability 9.0 with lse.
 static inline size_t attention_delta_bytes(const Attention& a) {
     size_t bytes = (size_t)a.B * a.NH * a.T * sizeof(float);
 #ifndef PRECISION_FP32
@@ -86,6 +85,7 @@ static inline size_t attention_delta_bytes(const Attention& a) {
 #endif
     return div_up(bytes, (size_t)256) * 256;
 }
+// Bytes of scratch memory that attention_forward and attention_backward need: that part, then the normalised q and k.
 static inline size_t attention_scratch_bytes(const Attention& a) {
     return attention_delta_bytes(a) + (a.cosine ? (size_t)a.B * a.T * 2 * a.NH * a.HS * sizeof(floatX) : 0);
 }

@@ -38,13 +38,6 @@ template <int HS> __device__ __forceinline__ AttentionInput attention_head(Atten
 
 #ifndef PRECISION_FP32
 
-// 2 to the x by the special function unit.
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // Two numbers as bf16 in one register, a in the lower half.
 __device__ __forceinline__ unsigned pack_bf16(float a, float b) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);

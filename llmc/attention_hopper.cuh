@@ -180,14 +180,14 @@ __device__ __forceinline__ void softmax_tile(float (&s)[32], ForwardRows& rows, 
         float top = fmaxf(most[0], most[1]);
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
-        shift[half] = exp2_fast((rows.top[half] - top) * c);
+        shift[half] = exp2_approx((rows.top[half] - top) * c);
         rows.top[half] = top;
         const float base = top * c;
         float sum[2] = {0, 0};
 #pragma unroll
         for (int i = 2 * half; i < 32; i += 4) {
-            s[i] = exp2_fast(fmaf(s[i], c, -base));
-            s[i + 1] = exp2_fast(fmaf(s[i + 1], c, -base));
+            s[i] = exp2_approx(fmaf(s[i], c, -base));
+            s[i + 1] = exp2_approx(fmaf(s[i + 1], c, -base));
             sum[0] += s[i];
             sum[1] += s[i + 1];
         }

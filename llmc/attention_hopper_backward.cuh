@@ -211,8 +211,8 @@ __device__ __forceinline__ void probabilities(float (&p)[32], float (&s)[32], Ba
 #pragma unroll
     for (int i = 0; i < 32; i += 2) {
         const float2 lse = r.lse.get(i);
-        p[i] = exp2_fast(fmaf(s[i], r.c, -lse.x));
-        p[i + 1] = exp2_fast(fmaf(s[i + 1], r.c, -lse.y));
+        p[i] = exp2_approx(fmaf(s[i], r.c, -lse.x));
+        p[i + 1] = exp2_approx(fmaf(s[i + 1], r.c, -lse.y));
     }
 }
 

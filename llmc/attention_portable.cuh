@@ -280,14 +280,14 @@ __device__ __forceinline__ void softmax_step(float (&s)[MT][N / 8][4], float (&a
             for (int n = 0; n < N / 8; n++) { most = fmaxf(most, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1])); }
             most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
             most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
-            const float shift = exp2_fast((top[m][half] - most) * c), base = most * c;
+            const float shift = exp2_approx((top[m][half] - most) * c), base = most * c;
             top[m][half] = most;
             float total = 0;
 #pragma unroll
             for (int n = 0; n < N / 8; n++) {
 #pragma unroll
                 for (int i = 2 * half; i < 2 * half + 2; i++) {
-                    s[m][n][i] = exp2_fast(fmaf(s[m][n][i], c, -base));
+                    s[m][n][i] = exp2_approx(fmaf(s[m][n][i], c, -base));
                     total += s[m][n][i];
                 }
             }
@@ -441,7 +441,7 @@ __global__ __launch_bounds__(128, 2) void attention_backward_q_kernel(floatX* dq
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         s[m][n][i] =
-                            exp2_fast(fmaf(s[m][n][i], c, -row_lse[m][i / 2])) * (dp[m][n][i] - row_delta[m][i / 2]);
+                            exp2_approx(fmaf(s[m][n][i], c, -row_lse[m][i / 2])) * (dp[m][n][i] - row_delta[m][i / 2]);
                     }
                 }
             }
@@ -471,7 +471,7 @@ __device__ __forceinline__ void backward_probabilities(float (&s)[MT][N / 8][4],
         for (int m = 0; m < MT; m++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                s[m][n][i] = exp2_fast(fmaf(s[m][n][i], c, -column_lse[i % 2]));
+                s[m][n][i] = exp2_approx(fmaf(s[m][n][i], c, -column_lse[i % 2]));
                 dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - column_delta[i % 2]);
             }
         }

@@ -1,7 +1,7 @@
 /*
 Matrix products through cuBLASLt, on the conventions of train_gpt.c: every matrix row-major, weights stored (OC, C).
 
-    forward            out (N, OC)        = alpha * inp (N, C) @ weight (OC, C)^T + bias; + residual, or through GELU
+    forward            out (N, OC)        = alpha * inp (N, C) @ weight (OC, C)^T + bias, as it is or through GELU
     backward input     dinp (N, C)        = alpha * dout (N, OC) @ weight (OC, C); times the slope of GELU
     backward weight    dweight (OC, C) (+)= alpha * dout (N, OC)^T @ inp (N, C), in fp32
     ... by examples    the same, and sum_b |dweight_b|^2, from one batched product of all of a group's dweight_b
@@ -13,7 +13,7 @@ out by rows. An operand that lies in memory as it stands in the formula needs no
 that lies there transposed (the weight of the forward product, dout of the weight gradient) gets CUBLAS_OP_T. A bias
 along the library's m lies along our columns.
 
-Epilogues. Bias and residual come at the cost of reading them. GELU is the tanh form; its input is kept, rounded to
+Epilogues. A bias comes at the cost of reading it. GELU is the tanh form; its input is kept, rounded to
 floatX, and the backward product reads it again. Against passes of their own that saves 2 bytes a number forward and 4
 backward in bf16. The FP32 build is held to tolerances that leave no room for a fast tanh: there the caller uses passes
 of their own (see MATMUL_GELU).
@@ -25,13 +25,13 @@ never what it is: two runs of a program, or a run and its continuation, agree bi
 Small outputs are not timed (the first one named is taken): they say too little about which algorithms add in the same
 order; so would operands that are all zero, which a first use should not see. Sums split over the inner dimension are
 allowed where the parts are fp32 and added by a separate step; reduction in place or in the output's type is not. First
-uses wait for the stream; a graph is captured only after each of its shapes has been used once.
+uses wait for the stream.
 
 Numerical contract: products of bf16 (of float in the FP32 build, without TF32 unless asked for), fp32 accumulation, one
-rounding of the sum, bias and residual included; weight gradients are fp32 in memory. Squares are exact, their sums
+rounding of the sum, bias included; weight gradients are fp32 in memory. Squares are exact, their sums
 double. The bits follow from shapes, library version and device. Any N >= 1; C and OC are multiples of 8 where GELU is
 fused, OC * C a multiple of 4 by examples; other shapes may be odd, at the library's speed for them. No operand overlaps
-out, but for the residual, which may be out itself.
+out.
 
 Floor: 2 * N * C * OC operations at the peak of the tensor cores; all shapes of GPT-2 are bound by it, not by memory.
 */
@@ -47,7 +47,7 @@ enum { MATMUL_GELU = sizeof(floatX) == 2 };
 
 enum {
     MATMUL_WORKSPACE = 32 << 20, // bytes; what cuBLAS advises for Hopper
-    MATMUL_PLANS = 256,
+    MATMUL_PLANS = 1024,         // a batch that moves meets some twenty shapes for each size of its micro-batches
     MATMUL_CANDIDATES = 8,
     MATMUL_ROUNDS = 5,
     MATMUL_BLOCK = 256, // threads
@@ -117,16 +117,15 @@ typedef struct {
     int left_transposed;   // left lies in memory as (inner, rows), not (rows, inner)
     int right_transposed;  // right lies in memory as (cols, inner), not (inner, cols)
     int epilogue;          // CUBLASLT_EPILOGUE_*
-    int add;               // out = ... + addend
-    int fp32_out;          // out and addend are float, not floatX
+    int add;               // to what out holds
+    int fp32_out;          // out is float, not floatX
     int alignment;         // that all pointers have, in bytes; 16 at most
 } MatmulShape;
 
-// One call: out = epilogue(alpha * left @ right + addend + bias)
+// One call: out = or += epilogue(alpha * left @ right + bias)
 typedef struct {
     MatmulShape shape;
     void* out;           // (batch, rows, cols)
-    const void* addend;  // (batch, rows, cols), may be out
     const floatX* left;  // (batch, rows, inner)
     const floatX* right; // (batch, inner, cols)
     const floatX* bias;  // (cols) or NULL
@@ -229,9 +228,8 @@ static inline void matmul_describe(const MatmulPlans* mm, MatmulPlan* plan, cons
 static inline cublasStatus_t matmul_run(const MatmulPlans* mm, MatmulPlan* plan, const cublasLtMatmulAlgo_t* algo,
                                         const MatmulProduct* p, void* out, cudaStream_t stream) {
     const float beta = p->shape.add ? 1 : 0;
-    return cublasLtMatmul(mm->handle, &plan->desc, &p->alpha, p->right, &plan->right, p->left, &plan->left, &beta,
-                          p->shape.add ? p->addend : out, &plan->out, out, &plan->out, algo, mm->workspace,
-                          MATMUL_WORKSPACE, stream);
+    return cublasLtMatmul(mm->handle, &plan->desc, &p->alpha, p->right, &plan->right, p->left, &plan->left, &beta, out,
+                          &plan->out, out, &plan->out, algo, mm->workspace, MATMUL_WORKSPACE, stream);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +262,7 @@ static inline int matmul_candidates(const MatmulPlans* mm, MatmulPlan* plan,
     }
     if (usable == 0) {
         fatal("cuBLASLt has no algorithm for a product (%d, %d) over %d, batch %d, epilogue %d, alignment %d: %s; "
-              "channels should be a multiple of 8",
+              "try another sequence length (-t) or micro-batch (-b)",
               s->rows, s->cols, s->inner, s->batch, s->epilogue, s->alignment, cublasLtGetStatusName(status));
     }
     return usable;
@@ -307,7 +305,10 @@ static inline void matmul_trial(const MatmulPlans* mm, MatmulPlan* plan, const M
     for (int i = 0; i < count; i++) { // an algorithm counts if it runs, and gives the same bits when it runs again
         us[i] = INFINITY;
         runs[i] = matmul_run(mm, plan, &found[i].algo, p, out, stream) == CUBLAS_STATUS_SUCCESS;
-        if (!runs[i]) { continue; }
+        if (!runs[i]) {
+            cudaGetLastError(); // whatever it left
+            continue;
+        }
         bits[i] = matmul_fingerprint(mm, out, size, stream);
         cublas_check(matmul_run(mm, plan, &found[i].algo, p, out, stream));
         runs[i] = matmul_fingerprint(mm, out, size, stream) == bits[i];
@@ -345,7 +346,7 @@ static inline void matmul_choose(const MatmulPlans* mm, MatmulPlan* plan, const 
     plan->algo = found[0].algo;
     if (size < (size_t)(fp32 ? 1 << 14 : 1 << 21)) { return; }
     void* scratch = NULL;
-    if (p->shape.add && p->addend == p->out && cudaMalloc(&scratch, size) != cudaSuccess) {
+    if (p->shape.add && cudaMalloc(&scratch, size) != cudaSuccess) {
         cudaGetLastError(); // no memory for trials: costs time, changes no bit
         return;
     }
@@ -367,8 +368,8 @@ static inline MatmulPlan* matmul_plan(MatmulPlans* mm, const MatmulProduct* p, c
 }
 
 static inline void matmul(MatmulPlans* mm, MatmulProduct* p, cudaStream_t stream) {
-    uintptr_t bits = (uintptr_t)p->out | (uintptr_t)p->addend | (uintptr_t)p->left | (uintptr_t)p->right |
-                     (uintptr_t)p->bias | (uintptr_t)p->gelu | 16;
+    uintptr_t bits =
+        (uintptr_t)p->out | (uintptr_t)p->left | (uintptr_t)p->right | (uintptr_t)p->bias | (uintptr_t)p->gelu | 16;
     p->shape.alignment = (int)(bits & (~bits + 1));
     MatmulPlan* plan = matmul_plan(mm, p, stream);
     cublas_check(matmul_run(mm, plan, &plan->algo, p, p->out, stream));
@@ -393,15 +394,13 @@ static inline MatmulProduct matmul_product(int rows, int cols, int inner, void* 
     return p;
 }
 
-// out = alpha * inp @ weight^T + bias; + residual, or through GELU with its input kept in pre_gelu
-// out (N, OC), pre_gelu (N, OC) or NULL, residual (N, OC) or NULL or out, inp (N, C), weight (OC, C), bias (OC) or NULL
-static inline void matmul_forward(MatmulPlans* mm, floatX* out, floatX* pre_gelu, const floatX* residual,
-                                  const floatX* inp, const floatX* weight, const floatX* bias, float alpha, int N,
-                                  int C, int OC, cudaStream_t stream) {
+// out = alpha * inp @ weight^T + bias, or that through GELU with its input kept in pre_gelu
+// out (N, OC), pre_gelu (N, OC) or NULL, inp (N, C), weight (OC, C), bias (OC) or NULL
+static inline void matmul_forward(MatmulPlans* mm, floatX* out, floatX* pre_gelu, const floatX* inp,
+                                  const floatX* weight, const floatX* bias, float alpha, int N, int C, int OC,
+                                  cudaStream_t stream) {
     MatmulProduct p = matmul_product(N, OC, C, out, inp, weight, alpha);
     p.shape.right_transposed = 1;
-    p.shape.add = residual != NULL;
-    p.addend = residual;
     p.bias = bias;
     p.gelu = pre_gelu;
     if (pre_gelu != NULL) {
@@ -430,7 +429,6 @@ static inline void matmul_backward_weight(MatmulPlans* mm, float* dweight, const
     p.shape.left_transposed = 1;
     p.shape.fp32_out = 1;
     p.shape.add = accumulate;
-    p.addend = accumulate ? dweight : NULL;
     matmul(mm, &p, stream);
 }
 

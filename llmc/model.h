@@ -275,14 +275,13 @@ static inline bool gns_measures(int gns, int group) { return gns == GNS_ALL || (
 
 // Everything the update needs to know; reaches a device as one struct in memory.
 typedef struct {
-    int64_t step; // counted from 1: Adam's bias correction, random rounding
+    int64_t step; // counted from 1: Adam's bias correction
     int n;        // examples in the step, over all ranks
     float lr, beta1, beta2, eps, weight_decay;
     float grad_clip; // largest norm of the mean gradient; 0: no clipping
     // The update is not applied where the step's loss or gradient norm exceeds these (INFINITY: no limit), nor where either
     // is not finite.
     float loss_limit, grad_norm_limit;
-    uint64_t seed;
 } StepHyper;
 
 enum { STEP_APPLIED, STEP_SKIPPED_NONFINITE, STEP_SKIPPED_LOSS, STEP_SKIPPED_GRAD };
@@ -336,13 +335,14 @@ enum { RECOMPUTE_AUTO = -1, RECOMPUTE_NOTHING, RECOMPUTE_GELU, RECOMPUTE_LAYERNO
 typedef struct {
     int max_B, max_T; // largest micro-batch: examples, tokens in each
     int recompute;    // RECOMPUTE_*
+    bool gns_all;     // steps will measure all tensors: take the memory for it at once, not in mid-run
     bool tf32;        // fp32 products on tensor cores, with 10 bits of mantissa
     bool profile;     // measure the time of each part of a step; printed by close()
 } BackendOptions;
 
 // What the trainers use unless told otherwise.
 static inline BackendOptions backend_options(int max_B, int max_T) {
-    BackendOptions o = {max_B, max_T, RECOMPUTE_AUTO, false, false};
+    BackendOptions o = {max_B, max_T, RECOMPUTE_AUTO, false, false, false};
     return o;
 }
 

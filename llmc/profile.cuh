@@ -5,7 +5,8 @@ between two marks belongs to the part of the second one, so the parts add up to 
 for the host inside a step counts as work of the next part; the wait between two steps is a part of its own.
 
 A part's floor is what its products would take at the measured peak, or its bytes at the speed of a large copy: the
-distance between the two columns is what there is left to gain. The first steps are left out: they choose algorithms.
+distance between the two columns is what there is left to gain. The first steps are left out: they choose algorithms (a
+batch that moves meets new shapes later, too, and their choice counts where it happens).
 */
 #ifndef LLMC_PROFILE_CUH
 #define LLMC_PROFILE_CUH
@@ -112,7 +113,10 @@ static inline void profile_step_end(Profile* p, cudaStream_t stream) {
 }
 
 // Something beside a step was done: the time until the next step is not the loop's.
-static inline void profile_interrupt(Profile* p) { p->has_end = false; }
+static inline void profile_interrupt(Profile* p) {
+    p->has_end = false;
+    p->num_marks = 0;
+}
 
 static inline void profile_print(const Profile* p) {
     static const char* const names[NUM_PARTS] = {

@@ -321,7 +321,11 @@ static inline bool resume(Trainer* t, bool with_state) {
 static inline void trainer_start(Trainer* t, BackendOpen open) {
     const Options* o = &t->options;
     char path[PATH_SIZE], error[PATH_SIZE + 256];
-    BackendOptions how = {o->micro_batch, t->plan.T, o->recompute, o->tf32 == 1, o->profile == 1};
+    BackendOptions how = backend_options(o->micro_batch, t->plan.T);
+    how.recompute = o->recompute;
+    how.gns_all = !o->eval_only && (o->gns == GNS_ALL || o->gns_all_every > 0);
+    how.tf32 = o->tf32 == 1;
+    how.profile = o->profile == 1;
     open(&t->backend, &t->plan.config, &how);
     const ParamTable table = param_table(&t->plan.config);
     const size_t batch = (size_t)o->micro_batch * (size_t)t->plan.T;
@@ -460,7 +464,6 @@ static inline StepHyper step_hyper(const Trainer* t, const StepPlan* plan) {
     h.grad_clip = (float)o->grad_clip;
     h.loss_limit = (float)outlier_limit(&t->state.loss_z, o->outlier_loss_z);
     h.grad_norm_limit = (float)outlier_limit(&t->state.grad_z, o->outlier_grad_z);
-    h.seed = (uint64_t)o->seed;
     return h;
 }
 

@@ -88,37 +88,28 @@ static void check_forward(int N, int C, int OC) {
     const std::vector<floatX> inp = random_normal<floatX>((size_t)N * (size_t)C, 0, 1, 1), none;
     const std::vector<floatX> weight = random_normal<floatX>((size_t)OC * (size_t)C, 0, 1 / sqrt(C), 2);
     const std::vector<floatX> bias = random_normal<floatX>((size_t)OC, 0.5, 1, 3);
-    const std::vector<floatX> residual = random_normal<floatX>(n, 0, 2, 4);
-    floatX *i = device_copy(inp), *w = device_copy(weight), *b = device_copy(bias), *r = device_copy(residual);
+    floatX *i = device_copy(inp), *w = device_copy(weight), *b = device_copy(bias);
     floatX* pre = device_alloc<floatX>(n);
     const Matrix sum = product(widened(inp), transpose(widened(weight), OC, C), N, OC, C);
-    Matrix scaled(n), biased(n), added(n), through(n);
+    Matrix scaled(n), biased(n), through(n);
     for (size_t k = 0; k < n; k++) {
         scaled[k] = 0.7 * sum[k];
         biased[k] = sum[k] + to_float(bias[k % (size_t)OC]);
-        added[k] = biased[k] + to_float(residual[k]);
         through[k] = gelu(biased[k]);
     }
     check_product<floatX>("forward, alpha", none, scaled, OUT_TOLERANCE, [&](MatmulPlans* mm, floatX* out) {
-        matmul_forward(mm, out, NULL, NULL, i, w, NULL, 0.7f, N, C, OC, 0);
+        matmul_forward(mm, out, NULL, i, w, NULL, 0.7f, N, C, OC, 0);
     });
     check_product<floatX>("forward, bias", none, biased, OUT_TOLERANCE, [&](MatmulPlans* mm, floatX* out) {
-        matmul_forward(mm, out, NULL, NULL, i, w, b, 1, N, C, OC, 0);
-    });
-    check_product<floatX>("forward, residual", none, added, OUT_TOLERANCE, [&](MatmulPlans* mm, floatX* out) {
-        matmul_forward(mm, out, NULL, r, i, w, b, 1, N, C, OC, 0);
-    });
-    check_same_bits("forward: the residual is only read", residual, host_copy(r, n));
-    check_product<floatX>("forward, in place", residual, added, OUT_TOLERANCE, [&](MatmulPlans* mm, floatX* out) {
-        matmul_forward(mm, out, NULL, out, i, w, b, 1, N, C, OC, 0);
+        matmul_forward(mm, out, NULL, i, w, b, 1, N, C, OC, 0);
     });
     if (MATMUL_GELU) {
         check_product<floatX>("forward, GELU", none, through, GELU_TOLERANCE, [&](MatmulPlans* mm, floatX* out) {
-            matmul_forward(mm, out, pre, NULL, i, w, b, 1, N, C, OC, 0);
+            matmul_forward(mm, out, pre, i, w, b, 1, N, C, OC, 0);
         });
         check_close("forward, input of GELU", host_copy(pre, n), biased, OUT_TOLERANCE);
     }
-    for (floatX* p : {i, w, b, r, pre}) { cuda_check(cudaFree(p)); }
+    for (floatX* p : {i, w, b, pre}) { cuda_check(cudaFree(p)); }
 }
 
 static void check_backward_input(int N, int C, int OC) {
@@ -203,7 +194,7 @@ static void check_many_shapes(void) {
     const Matrix ref = product(widened(inp), transpose(widened(weight), OC, C), SHAPES, OC, C);
     floatX *i = device_copy(inp), *w = device_copy(weight), *out = device_alloc<floatX>((size_t)SHAPES * OC);
     for (int round = 0; round < 2; round++) {
-        for (int N = SHAPES; N > 0; N--) { matmul_forward(&plans[0], out, NULL, NULL, i, w, NULL, 1, N, C, OC, 0); }
+        for (int N = SHAPES; N > 0; N--) { matmul_forward(&plans[0], out, NULL, i, w, NULL, 1, N, C, OC, 0); }
         check_close("more shapes than plans", host_copy(out, (size_t)SHAPES * OC), ref, OUT_TOLERANCE);
     }
     check_that(plans[0].num_plans == MATMUL_PLANS, "the table of plans is full");
@@ -262,7 +253,7 @@ static void check_bits_at_size(void) {
     for (int i = 0; i < 3; i++) {
         MatmulPlans mm;
         matmul_open(&mm, false);
-        matmul_forward(&mm, out, NULL, NULL, inp, weight, NULL, 1, N, C, OC, 0);
+        matmul_forward(&mm, out, NULL, inp, weight, NULL, 1, N, C, OC, 0);
         matmul_backward_input(&mm, dinp, NULL, out, weight, 1, N, C, OC, 0);
         matmul_backward_weight(&mm, dweight, out, inp, 1, false, N, C, OC, 0);
         matmul_backward_weight(&mm, dweight, out, inp, 1, true, N, C, OC, 0);
@@ -356,9 +347,8 @@ static void time_row(MatmulPlans* mm, const Layer* l, const char* name, const ch
     print_product(name, what, us, 2.0 * l->N * l->C * l->OC, peak, newest(mm));
 }
 
-// bias: a layer of a block; if not, the head. residual, gelu_out, gelu_in: also with these epilogues.
-static void time_layer(const char* name, int N, int C, int OC, bool bias, bool residual, bool gelu_out, bool gelu_in,
-                       double peak) {
+// bias: a layer of a block; if not, the head. gelu_out, gelu_in: also with these epilogues.
+static void time_layer(const char* name, int N, int C, int OC, bool bias, bool gelu_out, bool gelu_in, double peak) {
     MatmulPlans mm;
     matmul_open(&mm, false);
     Layer l = layer_open(N, C, OC);
@@ -367,18 +357,11 @@ static void time_layer(const char* name, int N, int C, int OC, bool bias, bool r
              [&](int i) { matmul_backward_weight(&mm, l.dweight, l.y[i], l.x[i], 1, false, N, C, OC, 0); });
     time_row(&mm, &l, name, "weight, added", peak,
              [&](int i) { matmul_backward_weight(&mm, l.dweight, l.y[i], l.x[i], 1, true, N, C, OC, 0); });
-    time_row(&mm, &l, name, bias ? "forward, bias" : "forward", peak, [&](int i) {
-        matmul_forward(&mm, l.y[i], NULL, NULL, l.x[i], l.weight, bias ? l.bias : NULL, 1, N, C, OC, 0);
-    });
-    if (residual) {
-        time_row(&mm, &l, name, "forward, bias, residual", peak, [&](int i) {
-            matmul_forward(&mm, l.y[i], NULL, l.extra[i], l.x[i], l.weight, l.bias, 1, N, C, OC, 0);
-        });
-    }
+    time_row(&mm, &l, name, bias ? "forward, bias" : "forward", peak,
+             [&](int i) { matmul_forward(&mm, l.y[i], NULL, l.x[i], l.weight, bias ? l.bias : NULL, 1, N, C, OC, 0); });
     if (gelu_out && MATMUL_GELU) {
-        time_row(&mm, &l, name, "forward, bias, GELU", peak, [&](int i) {
-            matmul_forward(&mm, l.y[i], l.extra[i], NULL, l.x[i], l.weight, l.bias, 1, N, C, OC, 0);
-        });
+        time_row(&mm, &l, name, "forward, bias, GELU", peak,
+                 [&](int i) { matmul_forward(&mm, l.y[i], l.extra[i], l.x[i], l.weight, l.bias, 1, N, C, OC, 0); });
     }
     time_row(&mm, &l, name, "input", peak,
              [&](int i) { matmul_backward_input(&mm, l.x[i], NULL, l.y[i], l.weight, 1, N, C, OC, 0); });
@@ -413,11 +396,11 @@ static void time_all(void) {
     check_bits_at_size();
     const double peak = peak_flops();
     printf("peak %.1f TFLOP/s (cuBLAS, 8192 x 8192 x 8192)\n", peak * 1e-12);
-    time_layer("qkv", N, C, 3 * C, true, false, false, false, peak);
-    time_layer("attproj", N, C, C, true, true, false, false, peak);
-    time_layer("fc", N, C, 4 * C, true, false, true, false, peak);
-    time_layer("fcproj", N, 4 * C, C, true, true, false, true, peak);
-    time_layer("head", chunk, C, V, false, false, false, false, peak);
+    time_layer("qkv", N, C, 3 * C, true, false, false, peak);
+    time_layer("attproj", N, C, C, true, false, false, peak);
+    time_layer("fc", N, C, 4 * C, true, true, false, peak);
+    time_layer("fcproj", N, 4 * C, C, true, false, true, peak);
+    time_layer("head", chunk, C, V, false, false, false, peak);
     time_examples("qkv", N / 1024, 1024, C, 3 * C, 8, peak);
     time_examples("attproj", N / 1024, 1024, C, C, 8, peak);
     time_examples("fc", N / 1024, 1024, C, 4 * C, 8, peak);
