@@ -9,7 +9,7 @@ BUILD := build
 CFLAGS ?= -O3 -fno-math-errno -Wall -Wextra
 CLANG_FORMAT ?= $(or $(shell command -v clang-format-14 2>/dev/null),clang-format)
 
-.PHONY: info test test-gpu asan demo bench bench-gpu bench-gpu-ops check-cxx format format-check clean help FORCE
+.PHONY: info test test-gpu test-python venv asan demo bench bench-gpu bench-gpu-ops check-cxx format format-check clean help FORCE
 .DEFAULT_GOAL := train_gpt
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,12 +109,29 @@ asan: ## the tests again under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(MAKE) --no-print-directory test BUILD=build/asan \
 	    CFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra'
 
+# Python: the float64 reference, the tools for logs and experiments. PYTHON (3.11 or later) makes the environment; PIP_FLAGS
+# is for pip: on a machine without a network '--no-index --find-links FOLDER', the folder being filled elsewhere by
+# `pip download -r scripts/requirements.txt -d FOLDER`.
+PYTHON ?= python3
+VENV := .venv
+venv: $(VENV)/installed ## the pinned Python packages of scripts/requirements.txt, in .venv
+$(VENV)/installed: scripts/requirements.txt
+	@$(PYTHON) -m venv $(VENV) || { echo "error: '$(PYTHON) -m venv' failed; it needs Python 3.11 or later with venv" \
+	    "(Debian, Ubuntu: apt-get install python3-venv), or say make venv PYTHON=..." >&2; exit 1; }
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r $< || { \
+	    echo "error: pip could not install $<; without a network: make venv PIP_FLAGS='--no-index --find-links FOLDER'" \
+	    "(see the Makefile)" >&2; exit 1; }
+	@touch $@
+
+PYTHON_TESTS := dev/reference/test_reference.py dev/test_logs.py
+test-python: venv train_gpt $(BUILD)/text_to_tokens ## the trainer against the float64 reference in JAX; the Python tools
+	@sh dev/test/run.sh $(PYTHON_TESTS:%='$(VENV)/bin/python %')
+
 demo: train_gpt $(BUILD)/text_to_tokens ## trains a small GPT on this project's own text, under three minutes
 	@bash scripts/demo.sh
 
 # BENCH: the sections of dev/bench/bench.c to run, all if empty. LLMC: the folder of an llm.c checkout to compare with;
 # PYTHON: a Python that can import torch, likewise.
-PYTHON ?= python3
 bench: $(BUILD)/bench $(if $(LLMC),$(BUILD)/llmc_step) ## speed beside its ceilings
 	@torch=; if $(PYTHON) -c 'import torch' 2>/dev/null; then torch='--python $(PYTHON)'; fi; \
 	$(BUILD)/bench $(BENCH) $(if $(LLMC),--llmc $(BUILD)/llmc_step) $$torch
@@ -144,7 +161,7 @@ clean: ## removes all that was built; data/ and out/ stay
 	rm -rf build train_gpt train_gptcu
 
 help:: ## this list
-	@awk -F ':+ .*## ' '/^[a-z_-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':+ .*## ' '/^[a-z_-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The CUDA trainer. Each of its operations has a program in dev/cuda that checks and times it, in bf16 and in fp32.
