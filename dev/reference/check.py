@@ -48,6 +48,7 @@ import argparse
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 from dataclasses import dataclass, field, replace
@@ -361,4 +362,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `check.py ... | head` ends without a word
     sys.exit(main())
