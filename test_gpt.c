@@ -1188,6 +1188,7 @@ static void test_refused_options(void) {
 }
 
 int main(void) {
+    RUN(test_refused_options); // first: it forks, and nothing has threads yet
     RUN(test_gemm_shapes);
     RUN(test_gemm_options);
     RUN(test_gemm_two_accumulators);
@@ -1213,6 +1214,5 @@ int main(void) {
     RUN(test_evaluation);
     RUN(test_small_run);
     RUN(test_any_micro_batch);
-    RUN(test_refused_options);
     return test_summary();
 }
