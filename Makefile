@@ -123,7 +123,8 @@ $(VENV)/installed: scripts/requirements.txt
 	    "(see the Makefile)" >&2; exit 1; }
 	@touch $@
 
-PYTHON_TESTS := dev/reference/test_reference.py dev/test_logs.py dev/data/test_tokenize.py
+PYTHON_TESTS := dev/reference/test_reference.py dev/test_logs.py dev/data/test_tokenize.py scripts/test_report.py \
+                scripts/test_chinchilla.py
 test-python: venv train_gpt $(BUILD)/text_to_tokens ## the trainer against the float64 reference in JAX; the Python tools
 	@sh dev/test/run.sh $(PYTHON_TESTS:%='$(VENV)/bin/python %')
 

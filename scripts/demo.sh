@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
 # The demo (`make demo` builds what it needs and calls this): a small GPT learns to write like this project's own sources
 # and documents, one byte a token, while its batch size follows the noise of its gradients. Writes data/demo_* and
-# out/demo, which it makes anew each time. Arguments are passed on to the trainer: scripts/demo.sh --max-steps 20
+# out/demo, which it makes anew each time. Arguments are passed on to the trainer: scripts/demo.sh --seed 7
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 lowest=4 highest=64 # bounds of the batch size
 
-mkdir -p data out
-documents=$(ls README.md data/README.md Makefile ./*.c llmc/*.h dev/*/*.c dev/*/*.h | grep -v unicode.h) # a table, no text
-build/text_to_tokens --out data/demo $documents
+scripts/own_text.sh data/demo
 
+mkdir -p out
 rm -rf out/demo
 ./train_gpt -i data/demo_train.bin -j data/demo_val.bin --tokenizer data/demo_tokenizer.bin -o out/demo \
     -e L=4,H=4,C=128,T=128 -b 16 -t 128 -d 8192 --max-tokens 1500K \
@@ -27,6 +26,6 @@ awk -F, -v lowest=$lowest -v highest=$highest '
     END {
         printf "\nThe loss fell from %.2f to %.2f (validation); the batch took %d sizes between its bounds of %d and %d.\n", \
             first, last, between, lowest, highest
-        print "The whole run is in out/demo/log.csv; continue with more tokens by -y 1, or draw it: scripts/plot_run.py"
+        print "The whole run is in out/demo/log.csv; continue with more tokens by -y 1, or draw it: scripts/report.py out/demo"
         exit !(last < first && between >= 3)
     }' out/demo/log.csv

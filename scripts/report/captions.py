@@ -1,0 +1,91 @@
+"""The captions of the figures: what is drawn, and how to read it."""
+
+from typing import NamedTuple
+
+from .figures import diagnosed, layernorm_fit
+from .runs import Experiment
+
+
+class Caption(NamedTuple):
+    title: str
+    text: str
+
+
+def captions(experiment: Experiment) -> dict[str, Caption]:
+    """By the name of the figure."""
+    reference = experiment.reference.name
+    seeds = "" if len(experiment.seeds) == 1 else " Means over the seeds."
+    return {
+        "overview": Caption(
+            "The run",
+            "Top: loss of each step and of the evaluations. Bottom: the gradient noise scale of the LayerNorms with "
+            "a band of ± 2 standard errors, and the batch size. The batch is too small where it lies far below the "
+            "noise scale, and wasteful far above it.",
+        ),
+        "loss": Caption(
+            "Validation loss",
+            f"Against tokens (left) and against device time (right), from 8% of the tokens on.{seeds} Lower and "
+            "further left is better; the same tokens take longer where batches are small.",
+        ),
+        "difference": Caption(
+            f"Loss less that of {reference} at the same tokens",
+            f"Below the line an arm is ahead of {reference}.{seeds} The names stand in the order of the last values.",
+        ),
+        "savings": Caption(
+            "Saved at equal loss, along the run",
+            "Share of tokens (solid, with its 95% interval as a band) and of device time (dashed, interval dotted) "
+            f"that each arm needed less than {reference} for the same validation loss. Training goes from left to "
+            "right; above the line is a saving. A curve ends where a seed never reached the loss; a time in a corner "
+            "lies outside the panel.",
+        ),
+        "final": Caption(
+            "Final loss",
+            f"Difference of the final validation loss from that of {reference}: each seed (bar), mean (dot) and 95% t "
+            "interval (line, which may leave the figure). An interval across the black line shows no difference.",
+        ),
+        "batch": Caption(
+            "Batch size and noise scale",
+            "Batch size (thick, in the arm's colour) and gradient noise scale of the LayerNorms (orange, with a band "
+            "of ± 2 standard errors) of each arm's first seed.",
+        ),
+        "lr": Caption(
+            "Learning rate",
+            "As a function of the tokens consumed before the step; arms with the same one share a line.",
+        ),
+    } | noise_captions(experiment)  # fmt: skip
+
+
+def noise_captions(experiment: Experiment) -> dict[str, Caption]:
+    """Of the figures of one run's noise scale."""
+    run = diagnosed(experiment)
+    name = f"{run.folder.parent.name}/{run.folder.name}"
+    of_run = "" if experiment.is_single else f" Of {name}, the first run with the most groups measured."
+    return {
+        "groups": Caption(
+            "Noise scale by type of layer",
+            "Smoothed as in the run, LayerNorm and total with bands of ± 2 standard errors. The total is that of all "
+            f"tensors together.{of_run}",
+        ),
+        "layernorm": Caption(
+            "LayerNorm against total",
+            "Each dot is a step (the highest hundredth may lie outside): the noise scale of all tensors against that "
+            f"of the LayerNorms alone, which costs next to nothing to measure.{fit_words(experiment)}{of_run}",
+        ),
+        "phase": Caption(
+            "Signal and noise",
+            "Both components of the noise scale, smoothed with an EMA of 0.99 a step, from the run's start (dot) to "
+            f"its end (cross). Grey lines have one noise scale each, tr(Σ)/|G|², named at their ends.{of_run}",
+        ),
+    }
+
+
+def fit_words(experiment: Experiment) -> str:
+    fit = layernorm_fit(experiment)
+    if fit is None:
+        return ""
+    return (
+        f" Least squares over {len(fit.x):,} steps: slope {fit.line.slope:.2f}, intercept {fit.line.intercept:.1f}, r "
+        f"= {fit.line.r:.3f} (solid); slope through the origin {fit.line.factor:.2f} (dashed). Neighbouring steps "
+        "share their smoothing, so r says how closely the two move together, not how many independent points there "
+        "are."
+    )

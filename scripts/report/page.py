@@ -1,0 +1,252 @@
+"""The page: what the results are in words and tables, the figures with captions, and the commands that made the runs.
+
+One file without anything outside it: the figures are inside, as SVG. Whatever stands on it is computed from the runs.
+"""
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gnslog import format_tokens
+
+from .captions import Caption
+from .command import command
+from .results import QUARTERS, Result, Results, at_quarters, notes
+from .runs import Arm, Experiment
+from .savings import NOTHING, Interval, t_interval
+from .words import duration, loss_verdict, nats, number, saving_verdict, several, share, summary
+
+STYLE = """
+body { max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem; color: #1a1a1a;
+       font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin-bottom: .3rem; }
+h2 { font-size: 1.2rem; margin-top: 2.6rem; }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0; font-size: .8rem;
+        font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem .3rem 0; text-align: right; vertical-align: top; white-space: nowrap;
+         border-bottom: 1px solid #e2e2e2; }
+th { font-weight: 600; border-bottom: 1.5px solid #1a1a1a; }
+th:first-child, td:first-child, .text { text-align: left; }
+.text { white-space: normal; min-width: 9rem; }
+figure { margin: 1.8rem 0 2.4rem; }
+figure img { max-width: 100%; height: auto; }
+figcaption, .note { color: #444; font-size: .9rem; }
+pre { background: #f5f5f5; padding: .8rem 1rem; font-size: .8rem; white-space: pre-wrap; }
+summary { cursor: pointer; }
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    caption: Caption
+    svg: Path
+
+
+def paragraph(text: str) -> str:
+    return f"<p class=note>{html.escape(text)}</p>"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int]) -> str:
+    """Numbers to the right, the first and text columns to the left."""
+    kinds = [" class=text" if i in text_columns else "" for i in range(len(header))]
+
+    def line(tag: str, row: Sequence[str]) -> str:
+        cells = (f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(kinds, row))
+        return f"<tr>{''.join(cells)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', header)}</thead><tbody>{body}</tbody></table>"
+
+
+def arms_table(experiment: Experiment) -> str:
+    header = ["arm", "what", "finished", "steps", "mean batch", "tokens", "device time", "final loss", "s.d."]
+    return table(header, [arm_row(arm, len(experiment.seeds)) for arm in experiment.arms], (1,)) + paragraph(
+        "Means over the finished runs of each arm (over all of it where none has finished). Mean batch in sequences; "
+        "device time is the sum of dt over the steps, without evaluations and checkpoints; final loss is the "
+        "validation loss, in nats per token, after the last step; s.d. is its standard deviation over the seeds."
+    )
+
+
+def arm_row(arm: Arm, seeds: int) -> list[str]:
+    runs = list(arm.finished().values()) or list(arm.runs.values())
+    losses = [run.final_loss for run in arm.finished().values()]
+    return [
+        arm.name,
+        arm.title,
+        f"{len(losses)} of {seeds}",
+        f"{np.mean([r.steps for r in runs]):,.0f}",
+        number(float(np.mean([r.mean_batch for r in runs])), 1),
+        format_tokens(float(np.mean([r.tokens[-1] for r in runs]))),
+        duration(float(np.mean([r.seconds[-1] for r in runs]))),
+        number(t_interval(losses).mean, 4),
+        number(float(np.std(losses, ddof=1)), 4) if len(losses) > 1 else "–",
+    ]
+
+
+def final_table(experiment: Experiment, results: Results) -> str:
+    best, reference = results.best_constant, experiment.reference.name
+    columns = [
+        (f"less that of {reference}", lambda r: r.against_reference),
+        ("less that of mean", lambda r: r.against_mean),
+        (f"less the best constant's ({best.name})" if best else "less the best constant's", lambda r: r.against_best),
+    ]
+    rows = [
+        [r.arm.name, *(nats(of(r)) for _, of in columns), str(r.against_reference.n), loss_verdict(r.against_reference)]
+        for r in results.arms
+        if any(of(r).n > 0 for _, of in columns)
+    ]
+    text = (
+        "Final validation loss of the arm less that of the other one, in nats per token (negative: the arm is "
+        "better): mean over the n seeds that both have finished, with its 95% t interval. Intervals are not widened "
+        "for the number of comparisons: of twenty arms without any effect, one is expected to seem to have one. The "
+        "best constant is the arm of constant batch and full budget with the lowest mean, learning-rate sweeps "
+        f"included; as it was chosen after the fact, it is a hard rival. Arms on another budget than {reference}'s "
+        "count here as they are."
+    )
+    header = ["final loss", *(name for name, _ in columns), "n", f"against {reference}"]
+    return table(header, rows, (5,)) + paragraph(text) if rows else ""
+
+
+def quarters_table(experiment: Experiment, results: Results, of_time: bool) -> str:
+    rows = []
+    for result in results.arms:
+        levels = at_quarters(result, experiment.reference)
+        if any(k is not None for k in levels):
+            found = [level_cell(result, k, of_time) for k in levels]
+            last = level_interval(result, levels[-1], of_time)
+            n = max((level_interval(result, k, of_time).n for k in levels), default=0)
+            rows.append([result.arm.name, *found, str(n), saving_verdict(last) if last.n else found[-1]])
+    what = "device time" if of_time else "tokens"
+    header = [f"{what} saved", *(f"by {q:.0%}" for q in QUARTERS), "n", "verdict by 100%"]
+    return table(header, rows, (6,)) if rows else ""
+
+
+def level_interval(result: Result, level: int | None, of_time: bool) -> Interval:
+    if level is None:
+        return NOTHING
+    return (result.along.seconds if of_time else result.along.tokens)[level]
+
+
+def level_cell(result: Result, level: int | None, of_time: bool) -> str:
+    i = level_interval(result, level, of_time)
+    if level is not None and result.along.missed[level]:
+        return f"never reached in {result.along.missed[level]}"
+    return share(i) if i.n > 0 else "–"
+
+
+def along_section(experiment: Experiment, results: Results) -> str:
+    reference = experiment.reference.name
+    tables = "".join(quarters_table(experiment, results, of_time) for of_time in (False, True))
+    text = (
+        f"At the lowest validation loss that {reference} had seen by 25, 50, 75 and 100% of its tokens: the share of "
+        "the tokens, or of the device time by each run's own clock, that the arm needed less to come down to that "
+        "loss for the first time, linear between evaluations; geometric mean over n seeds with its 95% t interval. "
+        "This is how arXiv 2411.00999 reads its 18%. It compares learning-rate schedules cut short at different "
+        "points, so a schedule fitted to a smaller budget seems to save by itself (arms such as fitted show how "
+        "much): the next section does not have that fault. “Never reached in k”: k seeds of the arm ended without "
+        "that loss, and no mean is given, as it would leave out the worst ones."
+    )
+    return f"<h2>Saved at equal loss, along the run</h2>{tables}{paragraph(text)}" if tables else ""
+
+
+def worth_section(experiment: Experiment, results: Results) -> str:
+    tables = fitted_table(experiment, results) + worth_table(experiment, results)
+    return "<h2>Saved at the end of the run, by schedules fitted to their budgets</h2>" + tables if tables else ""
+
+
+def fitted_table(experiment: Experiment, results: Results) -> str:
+    reference = experiment.reference.name
+    rows = []
+    for f in results.fitted:
+        i = f.against_reference
+        if i.n > 0:
+            losses = nats(i), nats(f.against_fitted_reference)
+            rows.append([f.arm.name, share(f.tokens), share(f.seconds), *losses, str(i.n), loss_verdict(i)])
+    if not rows:
+        return ""
+    losses = f"final loss less that of {reference}", f"less that of {reference}, fitted"
+    return table(["fitted", "fewer tokens", "less time", *losses, "n", "verdict"], rows, (6,)) + paragraph(
+        "Runs on fewer tokens, with the whole learning-rate schedule fitted to them: what they saved for certain, and "
+        f"the final loss they paid for it, in nats per token, against {reference} on its full budget (verdict) and "
+        f"against {reference} fitted to the same budget. An interval that includes 0 does not show that they are "
+        "equal: its upper end is the price that cannot be excluded."
+    )
+
+
+def worth_table(experiment: Experiment, results: Results) -> str:
+    reference = experiment.reference.name
+    rows = []
+    for r in results.arms:
+        if r.worth is not None:
+            nothing = f"more tokens bought {reference} nothing in {r.worth.worthless} seeds"
+            prolonged = nothing if r.worth.worthless else f"{r.worth.beyond} of {r.worth.tokens.n}"
+            shares = share(r.worth.tokens), share(r.worth.seconds)
+            verdicts = saving_verdict(r.worth.tokens), saving_verdict(r.worth.seconds)
+            rows.append([r.arm.name, *shares, str(r.worth.tokens.n), prolonged, *verdicts])
+    if not rows:
+        return ""
+    header = ["saved by", "tokens", "device time", "n", "prolonged", "tokens: verdict", "time: verdict"]
+    return table(header, rows, (5, 6)) + paragraph(
+        f"The final losses of {reference} and of its repetitions fitted to other budgets give, seed by seed, the loss "
+        f"as a line in the logarithm of the budget. An arm is worth the budget with which {reference} would end at the "
+        "arm's final loss; it saved the share by which its own tokens are fewer (for device time: by which its own "
+        f"time is shorter than that budget takes at the speed of {reference}). Geometric mean over n seeds with its "
+        "95% t interval. Prolonged: seeds in which the arm's loss lies outside those measured, and so beyond the ends "
+        "of the line."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def picture_html(picture: Picture) -> str:
+    title, text = html.escape(picture.caption.title), html.escape(picture.caption.text)
+    data = base64.b64encode(picture.svg.read_bytes()).decode()
+    image = f'<img alt="{title}" src="data:image/svg+xml;base64,{data}">'
+    return f'<figure id="{picture.svg.stem}">{image}<figcaption><b>{title}.</b> {text}</figcaption></figure>'
+
+
+def commands_section(experiment: Experiment) -> str:
+    opened = " open" if experiment.is_single else ""
+    parts = [
+        f"<details{opened}><summary>{html.escape(arm.name)}</summary>"
+        f"<pre>{html.escape(command(arm.first))}</pre></details>"
+        for arm in experiment.arms
+        if arm.first.config
+    ]
+    revision = experiment.reference.first.config.get("git-revision")
+    seeds = several([str(seed) for seed in experiment.seeds])
+    others = (
+        "" if len(experiment.seeds) == 1 else f" Of each arm's first seed; those of {seeds} differ in --seed and --out."
+    )
+    text = f"From config.json, at revision {revision}.{others}"
+    return "<h2>Commands</h2>" + paragraph(text) + "".join(parts) if parts else ""
+
+
+def page(experiment: Experiment, results: Results, pictures: Sequence[Picture]) -> str:
+    title = html.escape(f"{experiment.name}: report of {'a run' if experiment.is_single else 'an experiment'}")
+    remarks = "".join(f"<li>{html.escape(text)}</li>" for text in notes(experiment))
+    final = final_table(experiment, results)
+    parts = [
+        f"<h1>{title}</h1>",
+        *(f"<p><b>{html.escape(lead)}.</b> {html.escape(text)}</p>" for lead, text in summary(experiment, results)),
+        f"<ul class=note>{remarks}</ul>" if remarks else "",
+        "" if experiment.is_single else f"<h2>Arms</h2>{arms_table(experiment)}",
+        f"<h2>Final loss</h2>{final}" if final else "",
+        along_section(experiment, results),
+        worth_section(experiment, results),
+        "<h2>Figures</h2>",
+        *(picture_html(picture) for picture in pictures),
+        commands_section(experiment),
+    ]
+    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
+    body = "\n".join(part for part in parts if part)
+    return f"<!DOCTYPE html>\n<html lang=en><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"

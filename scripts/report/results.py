@@ -1,0 +1,197 @@
+"""The results of an experiment: what each arm saves and loses against the reference, over the seeds that both have.
+
+    against...     difference of the final losses, in nats per token, seed by seed
+    along          savings at equal loss along the run, as the paper reads them (arXiv 2411.00999)
+    fitted         runs on another budget with the whole schedule fitted to it: the honest savings, and their price
+    worth          what any arm's final loss is worth in tokens, by the reference's own final losses on several budgets
+
+The best constant batch is chosen after the fact, as the arm of constant batch and full budget with the lowest mean
+final loss: a yardstick that is harder to beat than any constant chosen beforehand.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from .runs import Arm, Experiment, Run
+from .savings import NOTHING, Interval, Pair, SavingsAlong, Worth, saved_share, savings_along, t_interval, worth
+
+QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of the reference's budget, at which the tables read the savings along the run
+
+
+@dataclass(frozen=True)
+class WorthSaved:
+    """What an arm saves at its end; no intervals where more tokens bought the reference nothing."""
+
+    tokens: Interval
+    seconds: Interval
+    beyond: int  # seeds whose loss lies outside the reference's own, so that the line through them was prolonged
+    worthless: int  # seeds in which the reference gained nothing from more tokens
+
+
+@dataclass(frozen=True)
+class Result:
+    arm: Arm
+    against_reference: Interval  # final loss, this arm's less the other's
+    against_mean: Interval
+    against_best: Interval
+    along: SavingsAlong  # without any level if no pair of runs has been evaluated
+    worth: WorthSaved | None  # None: no budget but one
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An arm whose schedule was fitted to another budget than the reference's."""
+
+    arm: Arm
+    tokens: Interval  # share by which it trains on fewer tokens than the reference
+    seconds: Interval  # share by which it takes less device time
+    against_reference: Interval  # final loss
+    against_fitted_reference: Interval  # final loss, against the reference fitted to the same budget
+
+
+@dataclass(frozen=True)
+class Results:
+    best_constant: Arm | None
+    arms: list[Result]  # all but the reference
+    fitted: list[Fitted]
+
+
+def compare(experiment: Experiment) -> Results:
+    best, mean = best_constant(experiment), experiment.arm("mean")
+    lines = reference_worth(experiment)
+    results = []
+    for arm in experiment.others:
+        against = partial(final_difference, arm)
+        repeats_reference = experiment.original(arm) is experiment.reference
+        results.append(
+            Result(
+                arm,
+                against(experiment.reference),
+                against(mean),
+                against(best),
+                along(experiment.reference, arm),
+                None if repeats_reference else worth_saved(experiment.reference, arm, lines),
+            )
+        )
+    return Results(best, results, [fitted(experiment, arm) for arm in experiment.others if experiment.original(arm)])
+
+
+def fitted(experiment: Experiment, arm: Arm) -> Fitted:
+    reference = experiment.reference
+    twins = [a for a in reference_repeats(experiment) if math.isclose(a.first.budget, arm.first.budget, rel_tol=1e-3)]
+    ratio = partial(over_pairs, arm, reference)
+    return Fitted(
+        arm,
+        saved_share(ratio(lambda x, y: math.log(x.tokens[-1] / y.tokens[-1]))),
+        saved_share(ratio(lambda x, y: math.log(x.seconds[-1] / y.seconds[-1]))),
+        final_difference(arm, reference),
+        final_difference(arm, twins[0] if twins else None),
+    )
+
+
+def reference_repeats(experiment: Experiment) -> list[Arm]:
+    return [arm for arm in experiment.others if experiment.original(arm) is experiment.reference]
+
+
+def best_constant(experiment: Experiment) -> Arm | None:
+    """Over the seeds that all such arms have finished."""
+    arms = [
+        arm
+        for arm in experiment.arms
+        if arm.finished() and experiment.has_full_budget(arm) and all(r.is_constant for r in arm.runs.values())
+    ]
+    common = set.intersection(*(set(arm.finished()) for arm in arms)) if arms else set()
+    if len(arms) < 2 or not common:
+        return None
+    return min(arms, key=lambda arm: np.mean([arm.runs[seed].final_loss for seed in common]))
+
+
+def over_pairs(a: Arm, b: Arm, number: Callable[[Run, Run], float]) -> list[float]:
+    """Of each seed that both have finished."""
+    x, y = a.finished(), b.finished()
+    return [number(x[seed], y[seed]) for seed in sorted(x.keys() & y.keys())]
+
+
+def final_difference(arm: Arm, other: Arm | None) -> Interval:
+    if other is None or other is arm:
+        return NOTHING
+    return t_interval(over_pairs(arm, other, lambda x, y: x.final_loss - y.final_loss))
+
+
+def along(reference: Arm, arm: Arm) -> SavingsAlong:
+    seeds = sorted(reference.runs.keys() & arm.runs.keys())
+    pairs = [Pair(reference.runs[seed].curve, arm.runs[seed].curve, arm.runs[seed].finished) for seed in seeds]
+    pairs = [pair for pair in pairs if len(pair.reference.loss) > 0 and len(pair.other.loss) > 0]
+    return savings_along(pairs)
+
+
+def reference_worth(experiment: Experiment) -> dict[int, tuple[Worth, list[float]]]:
+    """By seed: what the reference's tokens are worth, and its final losses that say so."""
+    repeats = reference_repeats(experiment)
+    lines = {}
+    for seed, run in experiment.reference.finished().items():
+        runs = [run] + [arm.finished()[seed] for arm in repeats if seed in arm.finished()]
+        losses = [r.final_loss for r in runs]
+        line = worth([float(r.tokens[-1]) for r in runs], losses)
+        if line is not None:
+            lines[seed] = line, losses
+    return lines
+
+
+def worth_saved(reference: Arm, arm: Arm, lines: dict[int, tuple[Worth, list[float]]]) -> WorthSaved | None:
+    by_tokens, by_seconds, beyond = [], [], 0
+    finished = arm.finished()
+    for seed in sorted(lines.keys() & finished.keys()):
+        run, twin, (line, losses) = finished[seed], reference.runs[seed], lines[seed]
+        tokens = line.log_tokens(run.final_loss)
+        by_tokens.append(math.log(run.tokens[-1]) - tokens)
+        by_seconds.append(
+            by_tokens[-1] + math.log(run.seconds[-1] / run.tokens[-1]) - math.log(twin.seconds[-1] / twin.tokens[-1])
+        )
+        beyond += not min(losses) <= run.final_loss <= max(losses)
+    if not by_tokens:
+        return None
+    worthless = int(np.isnan(by_tokens).sum())
+    if worthless:
+        return WorthSaved(NOTHING, NOTHING, beyond, worthless)
+    return WorthSaved(saved_share(by_tokens), saved_share(by_seconds), beyond, 0)
+
+
+def at_quarters(result: Result, reference: Arm) -> list[int | None]:
+    """The levels of QUARTERS; None where the reference has not come as far, or names no budget."""
+    budget = reference.first.budget
+    reached = [np.flatnonzero(result.along.at >= 0.999 * share * budget) for share in QUARTERS]
+    return [int(i[0]) if len(i) > 0 else None for i in reached]
+
+
+def notes(experiment: Experiment) -> list[str]:
+    """What a reader must know of the runs before trusting the numbers."""
+    runs = experiment.runs()
+    found = []
+    running = [f"{run.folder.parent.name}/{run.folder.name} ({share_done(run)})" for run in runs if not run.finished]
+    found += [f"Not started: {', '.join(experiment.missing)}."] if experiment.missing else []
+    found += [f"Not finished: {', '.join(running)}. They count along the run, and in no final loss."] if running else []
+    for run in runs:
+        skipped = int(np.nansum(run.column("skipped") != 0)) if "skipped" in run.log.columns else 0
+        found += [f"{run.folder} skipped the update of {skipped} steps."] if skipped else []
+    for key, what in (
+        ("device", "Times are not comparable: the runs' devices differ"),
+        ("git-revision", "The trainer's revisions differ"),
+        ("build-flags", "The trainer's build flags differ"),
+    ):
+        values = sorted({str(run.config.get(key)) for run in runs if run.config})
+        found += [f"{what}: {'; '.join(values)}."] if len(values) > 1 else []
+    if any((run.steps_of_row != 1).any() for run in runs):
+        found.append(
+            "Logs were thinned by --log-every: times are estimates, each row standing for the steps since the one "
+            "before."
+        )
+    return found
+
+
+def share_done(run: Run) -> str:
+    return f"{run.tokens[-1] / run.budget:.0%}" if math.isfinite(run.budget) else "its config.json names no budget"

@@ -1,0 +1,215 @@
+"""The results in words: numbers with their intervals, verdicts, and the summary.
+
+A verdict says what a 95% interval shows, and nothing else: where it includes 0, or there is but one seed, nothing is
+shown.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from gnslog import format_tokens
+
+from .results import Fitted, Results, at_quarters
+from .runs import Arm, Experiment, Run
+from .savings import Interval
+
+
+def number(x: float, digits: int, sign: str = "") -> str:
+    return f"{x:{sign}.{digits}f}".replace("-", "−") if math.isfinite(x) else "–"
+
+
+def percent(x: float) -> str:
+    if x < -9.99:
+        return "below −999%"
+    return number(100 * x, 1) + "%" if math.isfinite(x) else "–"
+
+
+def share(i: Interval) -> str:
+    """12.3% [9.1, 15.4]"""
+    limits = f" [{percent(i.low)}, {percent(i.high)}]".replace("%", "")
+    return percent(i.mean) + (limits if math.isfinite(i.low) else "")
+
+
+def nats(i: Interval) -> str:
+    """+0.0123 [+0.0021, +0.0225]"""
+    limits = f" [{number(i.low, 4, '+')}, {number(i.high, 4, '+')}]"
+    return number(i.mean, 4, "+") + (limits if math.isfinite(i.low) else "")
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: 45 s, 3 m 20 s, 1 h 02 m, 2 d 03 h."""
+    if not math.isfinite(seconds):
+        return "–"
+    s = round(seconds)
+    for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if s >= size:
+            return f"{s // size} {unit} {s % size // part:02} {below}"
+    return f"{seconds:.3g} s"
+
+
+def several(items: Sequence[str]) -> str:
+    return ", ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else "".join(items)
+
+
+def verdict(i: Interval, better: str, worse: str, nothing: str) -> str:
+    """What the interval shows."""
+    if i.n == 0:
+        return "not measured"
+    if i.n == 1:
+        return "nothing shown (one seed, no interval)"
+    return {1: better, -1: worse, 0: f"{nothing} (interval includes 0)"}[i.sign]
+
+
+def saving_verdict(i: Interval) -> str:
+    return verdict(i, "saves", "costs", "no saving shown")
+
+
+def loss_verdict(i: Interval) -> str:
+    return verdict(i, "higher loss", "lower loss", "no difference shown")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The summary
+
+
+def summary(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
+    """Paragraphs, each with its first words."""
+    if experiment.is_single:
+        return [("The run", describe_run(experiment.reference.first))]
+    parts = [
+        ("The experiment", describe_experiment(experiment)),
+        ("Final loss", final_words(experiment, results)),
+        ("Saved along the run", along_words(experiment, results)),
+        ("Saved at the end", worth_words(experiment, results)),
+    ]
+    return [(lead, text) for lead, text in parts if text]
+
+
+def describe_experiment(experiment: Experiment) -> str:
+    run, runs, seeds = experiment.reference.first, experiment.runs(), len(experiment.seeds)
+    finished = sum(run.finished for run in runs)
+    return (
+        f"{run.config.get('model-shape', 'a model without config.json')}, "
+        f"{size(run)}{format_tokens(run.budget if math.isfinite(run.budget) else run.tokens[-1])} tokens; "
+        f"{len(experiment.arms)} arms of {seeds} seed{'s' if seeds > 1 else ''}, {finished} of "
+        f"{len(runs) + len(experiment.missing)} runs finished; {run.config.get('device', 'device unknown')}. Arms are "
+        f"compared with {experiment.reference.name} seed by seed; 95% intervals in brackets."
+    )
+
+
+def size(run: Run) -> str:
+    count = run.number("parameters")
+    return f"{format_tokens(count)} parameters, " if math.isfinite(count) else ""
+
+
+def describe_run(run: Run) -> str:
+    state = "finished" if run.finished else "so far"
+    budget = f" of {format_tokens(run.budget)}" if math.isfinite(run.budget) else ""
+    loss, noise = run.curve.loss, run.column("gns/ln")
+    noise = noise[np.isfinite(noise)]
+    last = (
+        f"The last validation loss is {loss[-1]:.4f} nats per token" if len(loss) > 0 else "It has not been evaluated"
+    )
+    scale = f", the noise scale of the LayerNorms {noise[-1]:.3g} sequences at the end" if len(noise) > 0 else ""
+    return (
+        f"{run.config.get('model-shape', 'A model without config.json')}, {size(run)}{state}: {run.steps:,} steps and "
+        f"{format_tokens(run.tokens[-1])}{budget} tokens in {duration(run.seconds[-1])} of device time "
+        f"({run.config.get('device', 'device unknown')}), with a mean batch of {number(run.mean_batch, 1)} sequences. "
+        f"{last}{scale}."
+    )
+
+
+@dataclass(frozen=True)
+class Finding:
+    verdict: str
+    arm: str
+    numbers: str  # said only where something is shown
+    n: int
+
+
+def grouped(findings: Sequence[Finding]) -> str:
+    """The arms of one verdict together, in the order in which verdicts come up; n once, if all have the same."""
+    same_n = len({f.n for f in findings}) == 1
+    parts = []
+    for verdict in dict.fromkeys(f.verdict for f in findings):
+        same = [f for f in findings if f.verdict == verdict]
+        names = [f"{f.arm}{f.numbers and ' '}{f.numbers}{'' if same_n else f' (n = {f.n})'}" for f in same]
+        parts.append(f"{verdict}: {', '.join(names)}")
+    return "; ".join(parts) + (f" (n = {findings[0].n})." if same_n else ".")
+
+
+def finding(arm: Arm, i: Interval, verdict: str, numbers: str) -> list[Finding]:
+    """None where nothing was measured."""
+    return [Finding(verdict, arm.name, numbers if i.sign != 0 else "", i.n)] if i.n > 0 else []
+
+
+def final_words(experiment: Experiment, results: Results) -> str:
+    found: list[Finding] = []
+    rivals: list[Finding] = []
+    for r in results.arms:
+        if not r.arm.is_sweep and experiment.original(r.arm) is None:
+            for findings, i in ((found, r.against_reference), (rivals, r.against_best)):
+                findings += finding(r.arm, i, loss_verdict(i), nats(i))
+    if not found:
+        return "No pair of runs has finished: there are no final losses to compare."
+    reference, best = experiment.reference, results.best_constant
+    text = f"Against {reference.name}, in nats per token, {grouped(found)}"
+    if best is reference:
+        return f"{text} No constant batch had a lower mean loss than {reference.name}."
+    if best is None or not rivals:
+        return text
+    return f"{text} Against the best constant batch, that of {best.name}, chosen after the fact, {grouped(rivals)}"
+
+
+def along_words(experiment: Experiment, results: Results) -> str:
+    by_tokens: list[Finding] = []
+    by_seconds: list[Finding] = []
+    for r in results.arms:
+        if len(r.along.at) == 0 or r.arm.is_sweep or experiment.original(r.arm) is not None:
+            continue
+        last = at_quarters(r, experiment.reference)[-1]
+        last = len(r.along.at) - 1 if last is None else last
+        if r.along.missed[last]:
+            by_tokens.append(Finding("no saving, the loss was never reached", r.arm.name, "", len(r.arm.runs)))
+        for findings, i in ((by_tokens, r.along.tokens[last]), (by_seconds, r.along.seconds[last])):
+            findings += finding(r.arm, i, saving_verdict(i), share(i))
+    if not by_tokens:
+        return ""
+    where = "final" if experiment.reference.finished() else "latest"
+    return (
+        f"At the {where} loss of {experiment.reference.name}, of the tokens, {tokens_and_time(by_tokens, by_seconds)}"
+    )
+
+
+def tokens_and_time(by_tokens: Sequence[Finding], by_seconds: Sequence[Finding]) -> str:
+    return grouped(by_tokens) + (f" Of the device time, {grouped(by_seconds)}" if by_seconds else "")
+
+
+def worth_words(experiment: Experiment, results: Results) -> str:
+    by_tokens: list[Finding] = []
+    by_seconds: list[Finding] = []
+    untold = []
+    for r in results.arms:
+        if r.worth is None or r.arm.is_sweep:
+            continue
+        for findings, i in ((by_tokens, r.worth.tokens), (by_seconds, r.worth.seconds)):
+            findings += finding(r.arm, i, saving_verdict(i), share(i) + (" (prolonged)" if r.worth.beyond else ""))
+        untold += [r.arm.name] if r.worth.worthless else []
+    reference = experiment.reference.name
+    parts = [fitted_words(f, reference) for f in results.fitted if f.against_reference.n > 0]
+    if by_tokens:
+        parts.append(
+            f"By what fitted budgets of {reference} are worth, of the tokens, {tokens_and_time(by_tokens, by_seconds)}"
+        )
+    if untold:
+        parts.append(f"Not to be told, as more tokens bought {reference} nothing: {several(untold)}.")
+    if not parts:
+        return f"Not known: that takes finished runs with a schedule fitted to another budget than that of {reference}."
+    return "The honest reading. " + " ".join(parts)
+
+
+def fitted_words(f: Fitted, reference: str) -> str:
+    loss = f"{loss_verdict(f.against_reference)}, {nats(f.against_reference)} (n = {f.against_reference.n})"
+    return f"{f.arm.name}, on {percent(f.tokens.mean)} fewer tokens, against {reference} on all: {loss}."

@@ -1,0 +1,611 @@
+"""Tests of scripts/report.py.
+
+    make train_gpt && python3 scripts/test_report.py [--trainer ./train_gpt]
+    python3 scripts/test_report.py --example FOLDER        leaves an invented experiment of every arm there, to look at
+
+Invented runs have losses with a known answer: an arm whose curve is the reference's with the tokens scaled by 0.8 saves
+20% of them, and over many invented experiments the intervals must hold the truth as often as they say. Damaged logs
+must be refused in one line, running ones reported on. With the trainer, the page's command must train the same run
+again. The last line counts.
+"""
+
+import argparse
+import csv
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from report.command import command
+from report.drawing import looks, spread
+from report.words import duration, saving_verdict, share
+from report.results import at_quarters, compare, notes
+from report.runs import Experiment, has_rows, read_all, read_run
+from report.savings import (
+    Array,
+    Curve,
+    Interval,
+    Pair,
+    first_reached,
+    saved_share,
+    savings_along,
+    t_interval,
+    t_quantile,
+    worth,
+)
+from gnslog import GROUPS, LogError
+
+HERE = Path(__file__).resolve().parent
+BUDGET, LENGTH = 1_000_000.0, 64
+counts = {True: 0, False: 0}
+
+
+def check(good: bool, what: str) -> None:
+    counts[bool(good)] += 1
+    if not good:
+        print(f"FAILED: {what}")
+
+
+def check_close(found: Array | float, expected: Array | float, tolerance: float, what: str) -> None:
+    """Absolute; NaN only where NaN is expected."""
+    found, expected = np.asarray(found, float), np.asarray(expected, float)
+    good = found.shape == expected.shape and np.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
+    check(good, f"{what}: expected {expected}, found {found}")
+
+
+def check_refused(action: Callable[[], object], *words: str) -> None:
+    """A LogError of one line with these words in it."""
+    try:
+        action()
+    except LogError as error:
+        text = str(error)
+        check("\n" not in text and all(word in text for word in words), f"expected {words} in '{text}'")
+    else:
+        check(False, f"expected a LogError with {words}, found none")
+
+
+def report(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-B", HERE / "report.py", *map(str, args)], capture_output=True, text=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Invented runs
+
+
+def loss_at(tokens: Array) -> Array:
+    """Of the reference, without noise."""
+    return 1.5 + 40 * (tokens + 2e4) ** -0.3
+
+
+@dataclass(frozen=True)
+class Invented:
+    """A run that needs `scale` times the tokens of loss_at(), at `speed` tokens a second; `shift` is added to the loss.
+
+    Its batch goes from first_batch to batch; it is evaluated every 2.5% of BUDGET, and `done` of it is done.
+    """
+
+    seed: int = 1
+    scale: float = 1.0
+    shift: float = 0.0
+    speed: float = 1e5
+    batch: float = 32
+    first_batch: float = 0  # 0: as batch
+    budget: float = BUDGET
+    done: float = 1.0
+
+    def size(self, tokens: float) -> int:
+        first = self.first_batch or self.batch
+        return max(2, round(first + (self.batch - first) * tokens / self.budget))
+
+    def rows(self) -> Iterator[dict[str, object]]:
+        rng, tokens, step = np.random.default_rng(self.seed), 0.0, 0
+        while tokens < self.budget * self.done:
+            n, before = self.size(tokens), tokens
+            tokens += n * LENGTH
+            loss = float(loss_at(np.array(tokens / self.scale))) + self.shift
+            evaluated = tokens >= self.budget or tokens // (BUDGET / 40) > before // (BUDGET / 40)
+            yield {
+                "step": step,
+                "val/loss": repr(loss) if evaluated else "",
+                "dt": n * LENGTH / self.speed,
+                "lr": 1e-3 * min(1, 20 * before / self.budget) * (1 - 0.9 * before / self.budget),
+                "train/lossf": loss + 0.1 * rng.standard_normal(),
+                "tokens_processed": round(tokens),
+                **noise_columns(tokens, rng),
+                "batch": n,
+                "skipped": 0,
+            }
+            step += 1
+
+    def config(self) -> dict[str, object]:
+        constant = self.first_batch in (0, self.batch)
+        return {
+            "train-data": "/some/where/train.bin",
+            "val-data": "val.bin",
+            "seed": self.seed,
+            "seq-len": LENGTH,
+            "max-tokens": self.budget,
+            "batch-tokens": self.batch * LENGTH,
+            "batch-schedule": "fixed" if constant else f"linear:{self.first_batch:g}:{self.batch:g}",
+            "lr": 1e-3,
+            "model-shape": "L=1",
+            "parameters": 50000,
+            "device": "none",
+            "git-revision": "abc",
+        }
+
+
+def noise_columns(tokens: float, rng: np.random.Generator) -> dict[str, float]:
+    columns = {}
+    for k, group in enumerate(GROUPS):
+        truth = (5 + 60 * tokens / BUDGET) * (1 + 0.2 * k)
+        gns = truth * math.exp(0.1 * rng.standard_normal())
+        columns |= {f"gns/{group}": gns, f"gns/{group}/se": 0.15 * truth}
+        columns |= {f"gns/{group}/gtg": 0.5 / (1 + k), f"gns/{group}/trsigma": 0.5 * gns / (1 + k)}
+    return columns
+
+
+def write_run(folder: Path, config: dict[str, object] | None = None, **options: float) -> Path:
+    """An Invented run with these options; config: what differs in its config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Invented(**options)
+    rows = list(run.rows())
+    with (folder / "log.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "config.json").write_text(json.dumps(run.config() | (config or {})))
+    return folder
+
+
+def write_plan(folder: Path, arms: list[str], seeds: list[int]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = {"arms": [{"name": name, "title": f"the arm {name}"} for name in arms], "seeds": seeds, "budget": BUDGET}
+    (folder / "plan.json").write_text(json.dumps(plan))
+
+
+def write_example(folder: Path) -> None:
+    """Every arm of an experiment, three seeds: some better than fixed, some worse, some neither."""
+    arms = {
+        "fixed": {},
+        "ramp": {"scale": 0.88, "first_batch": 4, "speed": 9.4e4},
+        "gns": {"scale": 0.86, "first_batch": 6, "speed": 9e4},
+        "mean": {"scale": 0.97, "batch": 18, "speed": 9.6e4},
+        "const1": {"scale": 1.08, "batch": 4, "speed": 6e4},
+        "const2": {"scale": 0.96, "batch": 8, "speed": 8e4},
+        "const3": {"scale": 0.98, "batch": 16, "speed": 9.5e4},
+        "const4": {"scale": 1.1, "batch": 64, "speed": 1.02e5},
+        "fall": {"scale": 1.05, "batch": 4, "first_batch": 32},
+        "replay": {"scale": 0.865, "first_batch": 6.5, "speed": 9e4},
+        "sqrtlr": {"scale": 0.9, "first_batch": 4, "config": {"lr-coupling": 0.5}},
+        "halflife": {"scale": 0.87, "first_batch": 4, "config": {"beta2-half-life": 5e5}},
+        "fitted": {"budget": 0.85 * BUDGET},
+        "fittedramp": {"budget": 0.85 * BUDGET, "scale": 0.88, "first_batch": 4},
+        "const2@lr2e-3": {"batch": 8, "config": {"lr": 2e-3}, "scale": 1.01},
+    }
+    write_plan(folder, list(arms), [1, 2, 3])
+    rng = np.random.default_rng(1)
+    for seed in (1, 2, 3):
+        shift = 0.02 * rng.standard_normal()
+        for name, options in arms.items():
+            scale = options.get("scale", 1.0) * math.exp(0.01 * rng.standard_normal())
+            write_run(folder / name / f"seed{seed}", seed=seed, shift=shift, **options | {"scale": scale})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_t() -> None:
+    for df, expected in ((1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)):
+        check_close(t_quantile(0.95, df), expected, 5e-5, f"t of {df} degrees of freedom, two-sided 95%")
+    check_close(t_quantile(0.99, 5), 4.0321, 5e-5, "and 99%")
+    i = t_interval([1.0, 2.0, math.nan, 6.0])
+    half = 4.3027 * math.sqrt(7 / 3)
+    check_close([i.mean, i.low, i.high, i.n], [3, 3 - half, 3 + half, 3], 1e-3, "an interval of three known values")
+    i = t_interval([5.0])
+    check(i.mean == 5 and math.isnan(i.low) and i.n == 1, "one seed has no interval")
+    check(t_interval([]).n == 0 and math.isnan(t_interval([]).mean), "no seeds, no mean")
+    check([Interval(0, a, b, 2).sign for a, b in ((1, 2), (-2, -1), (-1, 1))] == [1, -1, 0], "on which side of 0")
+    i = saved_share(np.log([0.5, 0.5]))
+    check_close([i.mean, i.low, i.high], [0.5, 0.5, 0.5], 1e-12, "half the tokens are half saved")
+
+
+def test_first_reached() -> None:
+    x, y = np.array([10.0, 20, 30, 40]), np.array([4.0, 2, 3, 1])
+    levels = np.array([5.0, 4, 3, 2, 1.5, 1, 0.5])
+    check_close(
+        first_reached(x, y, levels), [-math.inf, 10, 15, 20, 37.5, 40, math.inf], 1e-12, "first time at each level"
+    )
+
+
+def curve(scale: float, shift: float = 0.0, speed: float = 1.0, budget: float = BUDGET) -> Curve:
+    tokens = np.linspace(0.025, 1, 40) * budget
+    return Curve(tokens, tokens / speed, loss_at(tokens / scale) + shift)
+
+
+def test_known_savings() -> None:
+    pairs = [Pair(curve(1, shift), curve(0.8, shift, speed=0.9), True) for shift in (0, 0.1, -0.05)]
+    s = savings_along(pairs)
+    late = s.at >= 0.2 * BUDGET
+    tokens, seconds = (np.array([i.mean for i in part])[late] for part in (s.tokens, s.seconds))
+    # Straight lines between evaluations, an eighth of the tokens apart or less, lie above the curve by 0.2% at most.
+    check_close(tokens, np.full(len(tokens), 0.199), 0.0011, "tokens scaled by 0.8 are a fifth saved, or a little less")
+    check_close(seconds, np.full(len(seconds), 0.9991 - 0.8 / 0.9), 0.0011, "less by a clock that is slower by 0.9")
+    check(
+        all(i.n == 3 and i.low > 0.19 and i.high < 0.21 for i in np.array(s.tokens, object)[late]),
+        "seeds agree: narrow intervals",
+    )
+    check(math.isnan(s.tokens[0].mean), "a level that was passed before the first evaluation has no saving")
+    check((s.missed == 0).all(), "all levels are reached")
+    cost = savings_along([Pair(curve(1), curve(1.25), True), Pair(curve(1), curve(1), True)])
+    check(cost.missed[-1] == 1 and math.isnan(cost.tokens[-1].mean), "a seed that never got there leaves no mean")
+    check_close(cost.tokens[19].mean, 1 - math.sqrt(1.25), 0.003, "a cost is a negative saving, averaged as a ratio")
+    running = savings_along([Pair(curve(1), curve(1.25), False), Pair(curve(1), curve(1), True)])
+    check(running.missed[-1] == 0 and running.tokens[-1].n == 1, "a running seed is not counted as missing a level")
+
+
+def test_intervals_cover() -> None:
+    """Over 600 invented experiments, 95% intervals hold the truth in 95% +- 2.7% (three standard deviations)."""
+    rng, trials, inside = np.random.default_rng(0), 600, np.zeros(2)
+    for _ in range(trials):
+        shifts, scales = 0.05 * rng.standard_normal(3), 0.8 * np.exp(0.05 * rng.standard_normal(3))
+        s = savings_along([Pair(curve(1, a), curve(b, a), True) for a, b in zip(shifts, scales)])
+        inside[0] += s.tokens[-1].low < 0.2 < s.tokens[-1].high
+        ratios = []
+        for shift in shifts:
+            fixed = [2.0 - 0.1 * math.log(n) + shift + 0.001 * rng.standard_normal() for n in (8.0, 10.0)]
+            other = 2.0 - 0.1 * math.log(10 / 0.9) + shift + 0.001 * rng.standard_normal()
+            ratios.append(math.log(10.0) - worth([8.0, 10.0], fixed).log_tokens(other))
+        i = saved_share(ratios)
+        inside[1] += i.low < 0.1 < i.high
+    for count, what in zip(inside, ("along the run", "at its end")):
+        check(0.923 <= count / trials <= 0.977, f"intervals of savings {what} hold the truth in {count / trials:.1%}")
+
+
+def test_worth() -> None:
+    line = worth([100.0, 80.0], [2.0, 2.1])
+    check_close(
+        [math.exp(line.log_tokens(x)) for x in (2.0, 2.1, 2.05)],
+        [100, 80, math.sqrt(8000)],
+        1e-9,
+        "budgets of equal worth",
+    )
+    check(worth([100.0, 100.0], [2.0, 2.1]) is None, "one budget tells nothing")
+    check(math.isnan(worth([100.0, 80.0], [2.1, 2.0]).log_tokens(2.0)), "nothing where more tokens bought nothing")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def rewrite(path: Path, change: Callable[[str], str]) -> Path:
+    path.write_text(change(path.read_text()))
+    return path.parent
+
+
+def drop_columns(text: str, *names: str) -> str:
+    rows = list(csv.reader(text.splitlines()))
+    keep = [i for i, name in enumerate(rows[0]) if not any(name == n or name.startswith(f"{n}/") for n in names)]
+    return "".join(",".join(row[i] for i in keep) + "\n" for row in rows)
+
+
+def test_reading(folder: Path) -> None:
+    run = read_run(write_run(folder / "a", first_batch=4))
+    check(run.finished and run.budget == BUDGET and run.steps == len(run.tokens), "a finished run")
+    check_close(run.seconds[-1], run.tokens[-1] / 1e5, 1e-6, "device time is the sum of dt")
+    check_close(run.mean_batch, run.tokens[-1] / LENGTH / run.steps, 1e-9, "mean batch")
+    check_close(run.final_loss, float(loss_at(run.tokens[-1])), 1e-12, "final loss")
+    thinned = rewrite(
+        write_run(folder / "thin", batch=16) / "log.csv",
+        lambda t: "".join(
+            line for i, line in enumerate(t.splitlines(True)) if i < 2 or (i - 1) % 4 == 0 or i == len(t.splitlines())
+        ),
+    )
+    check_close(
+        read_run(thinned).seconds[-1],
+        read_run(thinned).tokens[-1] / 1e5,
+        1e-6,
+        "rows stand for the steps since the last",
+    )
+    for config, budget in (
+        ({"max-tokens": "none", "tokens-per-param": 20, "parameters": 7}, 140),
+        ({"max-steps": 5, "batch-tokens": 64, "max-tokens": "none"}, 320),
+        ({"max-steps": 0, "batch-tokens": 64}, math.nan),
+    ):
+        (folder / "a/config.json").write_text(json.dumps(config))
+        check_close(read_run(folder / "a").budget, budget, 0, f"the budget of {config}")
+    check(not read_run(folder / "a").finished, "a run without a budget is never finished")
+
+
+def test_running(folder: Path) -> None:
+    """Reports on runs that have hardly begun, or lack columns."""
+    full = (write_run(folder / "full") / "log.csv").read_text()
+    all_but_tokens = set(full.splitlines()[0].split(",")) - {"tokens_processed"}
+    cases = {
+        "half a row": full[: len(full) // 2 - 7],
+        "one step": "".join(full.splitlines(True)[:2]),
+        "no validation": drop_columns("".join(full.splitlines(True)[:20]), "val/loss"),
+        "tokens only": drop_columns(full, *all_but_tokens),
+    }
+    for name, text in cases.items():
+        run = folder / name
+        run.mkdir()
+        (run / "log.csv").write_text(text)
+        done = report(run)
+        check(
+            done.returncode == 0 and (run / "report/index.html").exists(),
+            f"a report of a run with {name}: {done.stderr[-300:]}",
+        )
+        check(
+            "nan" not in (run / "report/index.html").read_text().split("<figure")[0], f"no nan on the page with {name}"
+        )
+    check(len(read_run(folder / "half a row").tokens) == cases["half a row"].count("\n") - 1, "half a row is left out")
+    check(has_rows(folder / "one step") and not has_rows(folder / "none"), "which runs have begun")
+
+
+def test_damaged(folder: Path) -> None:
+    write_run(folder / "a")
+    text = (folder / "a/log.csv").read_text()
+    cases = {
+        "": "header",
+        text.splitlines(True)[0]: "header and rows",
+        text.replace("0.02048", "abc", 1): "abc",
+        text + text.splitlines(True)[-1]: "tokens_processed",
+        drop_columns(text, "tokens_processed"): "tokens_processed",
+    }
+    for damaged, word in cases.items():
+        (folder / "a/log.csv").write_text(damaged)
+        done = report(folder / "a")
+        check(
+            done.returncode == 2 and done.stderr.count("\n") == 1 and word in done.stderr,
+            f"refused with '{word}': {done.stderr[:300]}",
+        )
+    (folder / "a/log.csv").write_text(text)
+    (folder / "a/config.json").write_text("{")
+    check_refused(lambda: read_run(folder / "a"), "config.json", "JSON")
+    check(report(folder / "nowhere").returncode == 2 and report().returncode == 2, "no run, or none given")
+    write_plan(folder, ["fixed"], [1])
+    check_refused(lambda: read_all([folder]), "none with a step")
+    check_refused(lambda: read_all([folder, folder / "a"]), "alone")
+    (folder / "plan.json").write_text('{"arms": 3}')
+    check_refused(lambda: read_all([folder]), "arms")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experiments
+
+
+def invent(folder: Path, arms: dict[str, dict], seeds: int = 3, jitter: float = 0.0) -> Experiment:
+    """Runs of arms whose scales vary by `jitter` from seed to seed."""
+    rng = np.random.default_rng(5)
+    write_plan(folder, list(arms), list(range(1, seeds + 1)))
+    for seed in range(1, seeds + 1):
+        for name, options in arms.items():
+            scale = options.get("scale", 1.0) * math.exp(jitter * rng.standard_normal())
+            write_run(folder / name / f"seed{seed}", seed=seed, shift=0.01 * seed, **options | {"scale": scale})
+    return read_all([folder])
+
+
+def test_experiment(folder: Path) -> None:
+    short = {"budget": 0.8 * BUDGET}
+    arms = {
+        "fixed": {},
+        "ramp": {"scale": 0.8, "first_batch": 4, "speed": 9e4},
+        "mean": {"batch": 17, "scale": 0.95},
+        "const1": {"batch": 8, "scale": 1.3},
+        "const1@lr2e-3": {"batch": 8, "scale": 0.9, "config": {"lr": 2e-3}},
+        "fitted": short,
+        "fittedramp": short | {"scale": 0.8, "first_batch": 4},
+    }
+    e = invent(folder, arms, jitter=1e-3)
+    results = compare(e)
+    of = {result.arm.name: result for result in results.arms}
+    check(
+        [e.original(a).name if e.original(a) else None for a in e.arms] == [None] * 5 + ["fixed", "ramp"],
+        "which arms repeat which",
+    )
+    check(results.best_constant.name == "const1@lr2e-3", "the best constant may come from the sweep")
+    difference = float(loss_at(BUDGET / 0.8) - loss_at(BUDGET))
+    check_close(of["ramp"].against_reference.mean, difference, 1e-3, "final loss against fixed")
+    check(
+        of["ramp"].against_reference.n == 3 and of["ramp"].against_reference.sign == -1, "over three seeds, and clear"
+    )
+    check_close(
+        of["ramp"].against_best.mean,
+        loss_at(BUDGET / 0.8) - loss_at(BUDGET / 0.9),
+        1e-3,
+        "and against the best constant",
+    )
+    check(of["const1@lr2e-3"].against_best.n == 0, "which is not compared with itself")
+    check_close(
+        [of["ramp"].along.tokens[k].mean for k in at_quarters(of["ramp"], e.reference)],
+        [0.2] * 4,
+        5e-3,
+        "saved, at each quarter",
+    )
+    last = at_quarters(of["const1"], e.reference)[-1]
+    check(of["const1"].along.missed[last] == 3, "a worse arm never gets there")
+    # The line through two budgets is straight in ln N; the losses are not quite: hence 1%.
+    check_close(
+        of["fittedramp"].worth.tokens.mean, 0.2, 0.01, "at the end, where the ramp's loss is one that fixed has"
+    )
+    check_close(of["fittedramp"].worth.seconds.mean, 0.2, 0.01, "by its own clock")
+    check_close(of["ramp"].worth.seconds.mean, 1 - 0.8 / 0.9, 0.02, "by a slower one")
+    check(
+        of["ramp"].worth.beyond == 3 and of["fitted"].worth is None,
+        "prolonged lines are counted; fixed has no worth of its own",
+    )
+    look = looks(e)
+    check(
+        look["fitted"].colour == look["fixed"].colour
+        and look["fittedramp"].colour == look["ramp"].colour
+        and look["const1@lr2e-3"].colour == look["const1"].colour,
+        "arms keep their original's colour",
+    )
+
+
+def test_page(folder: Path) -> None:
+    invent(
+        folder,
+        {
+            "fixed": {},
+            "same": {"batch": 16},
+            "worse": {"scale": 1.2, "batch": 8},
+            "better": {"scale": 0.9, "first_batch": 8},
+        },
+        jitter=0.01,
+    )
+    done = report(folder)
+    check(done.returncode == 0, f"a report: {done.stderr[-500:]}")
+    text = (folder / "report/index.html").read_text()
+    names = re.findall(r'<figure id="(\w+)"', text)
+    check(
+        names == ["loss", "difference", "savings", "final", "batch", "lr", "groups", "layernorm", "phase"],
+        f"every figure: {names}",
+    )
+    check(
+        all((folder / f"report/{name}.{kind}").stat().st_size > 5000 for name in names for kind in ("png", "svg")),
+        "as PNG and SVG",
+    )
+    check(not re.search(r"(src|href)=.?(?!.?data:)", text) and "@import" not in text, "nothing from outside the page")
+    rows = dict(re.findall(r"<tr><td>(\w+)</td>(.*?)</tr>", text.split("<h2>Final loss</h2>")[1].split("</table>")[0]))
+    check(
+        "no difference shown (interval includes 0)" in rows["same"],
+        f"an arm without effect is said to have none: {rows['same']}",
+    )
+    check("Against the best constant batch, that of same" in text, "the best constant is named")
+    check("higher loss" in rows["worse"] and "lower loss" in rows["better"], "who loses, and who wins")
+    along = dict(re.findall(r"<tr><td>(\w+)</td>(.*?)</tr>", text.split("along the run</h2>")[1].split("</table>")[0]))
+    check("never reached in 3" in along["worse"] and "saves" in along["better"], f"along the run: {along}")
+    check(
+        bool(re.search(r"the loss was never reached: (\w+, )*worse", done.stdout)),
+        "the summary names who never got there",
+    )
+
+
+def test_partial(folder: Path) -> None:
+    """Two seeds; one run is going on, one has not begun; one arm has a single seed."""
+    write_plan(folder, ["fixed", "ramp", "gns"], [1, 2])
+    for seed in (1, 2):
+        write_run(folder / f"fixed/seed{seed}", seed=seed)
+        write_run(folder / f"ramp/seed{seed}", seed=seed, first_batch=4, scale=0.9, done=1 if seed == 1 else 0.5)
+    write_run(folder / "gns/seed1", scale=0.9, config={"device": "another"})
+    e = read_all([folder])
+    ramp, gns = compare(e).arms
+    check(
+        ramp.against_reference.n == 1 and math.isnan(ramp.against_reference.low),
+        "only the finished seed counts at the end",
+    )
+    check(ramp.along.tokens[15].n == 2 and ramp.along.tokens[-1].n == 1, "both count as far as they go")
+    check(saving_verdict(gns.along.tokens[-1]) == "nothing shown (one seed, no interval)", "one seed shows nothing")
+    words = " ".join(notes(e))
+    check(
+        all(w in words for w in ("Not started: gns/seed2", "ramp/seed2 (50%)", "devices differ: another; none")),
+        f"notes: {words}",
+    )
+    write_run(folder / "gns/seed1", seed=3)
+    check_refused(lambda: read_all([folder]), "gns/seed1", "seed", "1 and 3")
+    write_run(folder / "gns/seed1", config={"train-data": "/else/where/train.bin"})
+    check(len(read_all([folder]).arms) == 3, "the same data may lie elsewhere")
+    two = read_all([folder / "fixed/seed1", folder / "ramp/seed1"])
+    check(
+        [arm.name for arm in two.arms] == ["fixed/seed1", "ramp/seed1"]
+        and compare(two).arms[0].against_reference.n == 1,
+        "two runs",
+    )
+
+
+def test_words() -> None:
+    check(
+        [duration(s) for s in (math.nan, 1.5, 200, 3720, 183600)] == ["–", "1.5 s", "3 m 20 s", "1 h 02 m", "2 d 03 h"],
+        "durations",
+    )
+    check(share(Interval(0.1234, -0.01, 0.2, 3)) == "12.3% [−1.0, 20.0]", "shares with their interval")
+    places = spread(np.array([0.34, 0.35, 0.36, 0.9]), np.full(4, 0.1))
+    check_close(places, [0.25, 0.35, 0.45, 0.9], 1e-6, "labels that would touch share their middle")
+
+
+def test_command(folder: Path, trainer: Path) -> None:
+    """The page's command trains the same run again."""
+    tokens = np.random.default_rng(0).integers(0, 40, 20000).astype("<u2")
+    header = np.zeros(256, "<i4")
+    header[:4] = 20240520, 1, len(tokens), 40
+    (folder / "x.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    common = ["-e", "L=1,H=2,C=16,T=16", "--max-tokens", "20K", "-i", folder / "x.bin", "-b", "8"]
+    cases = {
+        "plain": ["-k", "linear", "-q", "0", "--seed", "0", "--grad-clip", "0", "-u", "100steps"],
+        "loop": [
+            "-j",
+            folder / "x.bin",
+            "-v",
+            "5K",
+            "--val-tokens",
+            "2K",
+            "--batch-schedule",
+            "gns",
+            "--gns-tau",
+            "1K",
+            "-d",
+            "512",
+            "--gns-all-every",
+            "4",
+            "-u",
+            "2K",
+            "-k",
+            "cosine",
+            "-q",
+            "0.1",
+            "--gns-freeze",
+            "0.5",
+            "--batch-may-fall",
+            "--beta2-half-life",
+            "10K",
+            "-n",
+            "10K",
+        ],
+    }
+    for name, options in cases.items():
+        first, again = folder / name, folder / f"{name} again"
+        subprocess.run([trainer, *common, *options, "-o", first], check=True, capture_output=True)
+        words = shlex.split(command(read_run(first)))[1:]
+        words[words.index("--out") + 1] = str(again)
+        done = subprocess.run([trainer, *words], capture_output=True, text=True)
+        check(done.returncode == 0, f"the command of '{name}' runs: {done.stderr[-300:]}")
+        if done.returncode == 0:
+            a, b = read_run(first), read_run(again)
+            check(a.config | {"out": ""} == b.config | {"out": ""}, f"'{name}' has the same settings again")
+            same = [np.array_equal(a.column(c), b.column(c), equal_nan=True) for c in a.log.columns if c != "dt"]
+            check(all(same), f"'{name}' gives the same numbers again")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trainer", type=Path, default=HERE.parent / "train_gpt")
+    parser.add_argument(
+        "--example", type=Path, metavar="FOLDER", help="write an invented experiment there, and test nothing"
+    )
+    args = parser.parse_args()
+    if args.example:
+        write_example(args.example)
+        return 0
+    for test in (test_t, test_first_reached, test_known_savings, test_intervals_cover, test_worth, test_words):
+        test()
+    for test in (test_reading, test_running, test_damaged, test_experiment, test_page, test_partial):
+        with tempfile.TemporaryDirectory() as folder:
+            test(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        test_command(Path(folder), args.trainer.resolve())
+    print(f"{counts[True]} passed, {counts[False]} failed")
+    return int(counts[False] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
