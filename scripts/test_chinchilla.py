@@ -19,9 +19,7 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +28,9 @@ import chinchilla_plan
 from chinchilla_plan import Mistake
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "dev/test"))
+from suite import run_tests  # noqa: E402
+
 TRAINER = ROOT / "train_gpt"
 SMALL_RUN = ["tiny", "--budget", "200K", "--progress-every", "0.2"]
 BATCH_TOKENS = 32 * 64  # of tiny
@@ -500,27 +501,10 @@ def prepare() -> None:
     write_tokens(Path("big.bin"), bytes(600_000))
 
 
-def main() -> int:
-    failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        prepare()
-        for test, *arguments in TESTS:
-            name = " ".join([test.__name__.removeprefix("test_"), *arguments])
-            started = time.monotonic()
-            try:
-                test(*arguments)
-            except Exception as error:  # a crash is a failure as well, the other tests go on
-                failed += 1
-                print(f"FAILED: {name}: {error if isinstance(error, AssertionError) else traceback.format_exc()}")
-            else:
-                print(f"ok: {name} ({time.monotonic() - started:.1f} s)")
-            for leftover in ("e", "first"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        os.chdir(ROOT)
-    print(f"{len(TESTS) - failed} passed, {failed} failed")
-    return 1 if failed else 0
+def remove_experiments() -> None:
+    for leftover in ("e", "first"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tests(TESTS, prepare, remove_experiments))

@@ -20,10 +20,8 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +38,9 @@ from storage import Remote
 from vocabulary import byte_characters, read_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "dev/test"))
+from suite import run_tests  # noqa: E402
+
 PROGRAM = Path(tokenize_data.__file__)
 GPT2_PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 WORDS = "the ,he,in,A1,'s,'ll,!?,é,中文,٣,🙂,word".split(",")
@@ -758,25 +759,9 @@ TESTS: list[tuple[Callable, ...]] = [
 def main() -> int:
     if not (ROOT / "train_gpt").is_file():
         sys.exit("error: train_gpt is not there; make train_gpt")
-    failed = 0
     storage.RETRY_SECONDS, tokenize_data.HUB = 0, "http://127.0.0.1:1"  # nobody is there
     os.fsync = lambda fd: None  # slow, and a killed process loses nothing by it; test_flushed_before_renamed watches it
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        write_inputs()
-        for test, *arguments in TESTS:
-            told = [getattr(a, "__name__", a) for a in arguments if isinstance(a, str) or callable(a)]
-            name = " ".join([test.__name__.removeprefix("test_"), *told])
-            try:
-                test(*arguments)
-            except Exception as error:  # a crash is a failure as well, the other tests go on
-                failed += 1
-                print(f"FAILED: {name}: {error if isinstance(error, AssertionError) else traceback.format_exc()}")
-            else:
-                print(f"ok: {name}")
-        os.chdir(ROOT)
-    print(f"{len(TESTS) - failed} passed, {failed} failed")
-    return 1 if failed else 0
+    return run_tests(TESTS, write_inputs)
 
 
 if __name__ == "__main__":

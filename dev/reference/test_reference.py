@@ -23,8 +23,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +34,9 @@ from files import read_model
 from initial_weights import initial_weights
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "dev/test"))
+from suite import run_tests  # noqa: E402
+
 DATA = ["-i", "data/readme_train.bin"]
 EVERY_STEP = ["--checkpoint-every", "1tokens", "--keep", "0"]
 SHAPE = ["-e", "L=2,H=2,C=32,T=32", "-t", "24", "-b", "3", "-d", "192"]
@@ -280,24 +281,5 @@ TESTS: list[tuple[Callable, ...]] = [
 ]
 
 
-def main() -> int:
-    failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        prepare()
-        for test, *arguments in TESTS:
-            name = " ".join([test.__name__.removeprefix("test_"), *(str(a) for a in arguments)])
-            try:
-                test(*arguments)
-            except Exception as error:  # a crash is a failure as well, the other tests go on
-                failed += 1
-                print(f"FAILED: {name}: {error if isinstance(error, AssertionError) else traceback.format_exc()}")
-            else:
-                print(f"ok: {name}")
-        os.chdir(ROOT)
-    print(f"{len(TESTS) - failed} passed, {failed} failed")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tests(TESTS, prepare))

@@ -1,0 +1,42 @@
+"""What Python test programs share: a list of tests, run in a temporary folder and counted.
+
+A test is a function, whose name begins with test_, and its arguments. It fails by an exception; what an AssertionError
+says is shown, of any other exception all. The last line is `N passed, N failed`, as dev/test/run.sh expects it.
+"""
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+
+def title(test: Callable, arguments: Sequence) -> str:
+    told = [getattr(a, "__name__", str(a)) for a in arguments if isinstance(a, str | int | float) or callable(a)]
+    return " ".join([test.__name__.removeprefix("test_"), *told])
+
+
+def run_tests(
+    tests: Sequence[tuple], prepare: Callable[[], None] = lambda: None, tidy: Callable[[], None] = lambda: None
+) -> int:
+    """Runs each (function, argument, ...), after prepare() and each followed by tidy(), with a temporary folder as the
+    working one. Returns the exit status."""
+    failed = 0
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        prepare()
+        for test, *arguments in tests:
+            started = time.monotonic()
+            try:
+                test(*arguments)
+            except Exception as error:  # a crash is a failure as well, the other tests go on
+                failed += 1
+                what = error if isinstance(error, AssertionError) else traceback.format_exc()
+                print(f"FAILED: {title(test, arguments)}: {what}", flush=True)
+            else:
+                print(f"ok: {title(test, arguments)} ({time.monotonic() - started:.1f} s)", flush=True)
+            tidy()
+        os.chdir(before)
+    print(f"{len(tests) - failed} passed, {failed} failed")
+    return 1 if failed else 0
