@@ -90,7 +90,9 @@ $(BUILD)/%: dev/bench/%.c $(BUILD)/flags
 # What the last build was made with: programs are built again when it changes.
 $(BUILD)/flags: STAMP = $(CC) $(ALL_CFLAGS)
 $(BUILD)/revision: STAMP = $(REVISION)
-$(BUILD)/flags $(BUILD)/revision: FORCE
+$(BUILD)/cuda_flags: STAMP = $(NVCC) $(NVCC_FLAGS)
+$(BUILD)/trainer_flags: STAMP = $(FP32_FLAG)
+$(BUILD)/flags $(BUILD)/revision $(BUILD)/cuda_flags $(BUILD)/trainer_flags: FORCE
 	@mkdir -p $(BUILD)
 	@echo '$(STAMP)' | cmp -s - $@ || echo '$(STAMP)' > $@
 
@@ -184,12 +186,6 @@ COMPILE_CUDA = $(need_nvcc)$(NVCC) $(NVCC_FLAGS) $(DEFINES) -MMD -MP -MF $(BUILD
 train_gptcu: DEFINES = $(FP32_FLAG) -DGIT_REVISION='"$(REVISION)"' -DBUILD_FLAGS='"nvcc $(NVCC_FLAGS) $(FP32_FLAG)"'
 train_gptcu: train_gpt.cu $(BUILD)/cuda_flags $(BUILD)/trainer_flags $(BUILD)/revision ## the CUDA trainer
 	$(COMPILE_CUDA)
-
-$(BUILD)/cuda_flags: STAMP = $(NVCC) $(NVCC_FLAGS)
-$(BUILD)/trainer_flags: STAMP = $(FP32_FLAG)
-$(BUILD)/cuda_flags $(BUILD)/trainer_flags: FORCE
-	@mkdir -p $(BUILD)
-	@echo '$(STAMP)' | cmp -s - $@ || echo '$(STAMP)' > $@
 
 CUDA_NAMES := $(patsubst dev/cuda/%.cu,%,$(sort $(wildcard dev/cuda/*.cu)))
 CUDA_PROGRAMS := $(CUDA_NAMES:%=$(BUILD)/cuda_%) $(CUDA_NAMES:%=$(BUILD)/cuda_fp32_%)

@@ -24,15 +24,11 @@ from gnslog import (GROUPS, WTE, Array, Components, LogError, Parser, component_
                     jackknife, pair_components, read_log, run, tensor_components, tensors_of_group)
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE / "test"))
+from suite import check, summary  # noqa: E402
+
 TENSORS = (WTE, "transformer.wpe.weight", "transformer.h.0.ln_1.weight", "transformer.h.0.attn.c_proj.weight",
            "transformer.h.0.mlp.c_fc.bias")
-counts = {True: 0, False: 0}
-
-
-def check(good: bool, what: str) -> None:
-    counts[bool(good)] += 1
-    if not good:
-        print(f"FAILED: {what}")
 
 
 def check_close(found: Array | float, expected: Array | float, tolerance: float, what: str) -> None:
@@ -423,8 +419,7 @@ def main() -> int:
         log = test_trainer(args.trainer, folder)
         if args.nanogns:
             test_nanogns(args.nanogns, log)
-    print(f"{counts[True]} passed, {counts[False]} failed")
-    return 1 if counts[False] > 0 else 0
+    return summary()
 
 
 if __name__ == "__main__":

@@ -43,14 +43,10 @@ from report.savings import (
 from gnslog import GROUPS, LogError
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "dev/test"))
+from suite import check, summary  # noqa: E402
+
 BUDGET, LENGTH = 1_000_000.0, 64
-counts = {True: 0, False: 0}
-
-
-def check(good: bool, what: str) -> None:
-    counts[bool(good)] += 1
-    if not good:
-        print(f"FAILED: {what}")
 
 
 def check_close(found: Array | float, expected: Array | float, tolerance: float, what: str) -> None:
@@ -603,8 +599,7 @@ def main() -> int:
             test(Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         test_command(Path(folder), args.trainer.resolve())
-    print(f"{counts[True]} passed, {counts[False]} failed")
-    return int(counts[False] > 0)
+    return summary()
 
 
 if __name__ == "__main__":

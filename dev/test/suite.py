@@ -1,7 +1,9 @@
-"""What Python test programs share: a list of tests, run in a temporary folder and counted.
+"""What Python test programs share: counting, of whole tests or of single checks.
 
-A test is a function, whose name begins with test_, and its arguments. It fails by an exception; what an AssertionError
-says is shown, of any other exception all. The last line is `N passed, N failed`, as dev/test/run.sh expects it.
+run_tests() runs a list of tests in a temporary folder. A test is a function, whose name begins with test_, and its
+arguments. It fails by an exception; what an AssertionError says is shown, of any other exception all. Programs that count
+their checks call check() for each and summary() at the end. The last line is `N passed, N failed`, as dev/test/run.sh
+expects it.
 """
 
 import os
@@ -9,6 +11,21 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+
+
+counts = {True: 0, False: 0}
+
+
+def check(good: bool, what: str) -> None:
+    counts[bool(good)] += 1
+    if not good:
+        print(f"FAILED: {what}")
+
+
+def summary() -> int:
+    """Prints how many checks passed and failed; returns the exit status."""
+    print(f"{counts[True]} passed, {counts[False]} failed")
+    return 1 if counts[False] > 0 else 0
 
 
 def title(test: Callable, arguments: Sequence) -> str:
