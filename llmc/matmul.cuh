@@ -294,24 +294,32 @@ static inline float matmul_time(const MatmulPlans* mm, MatmulPlan* plan, const c
     return ms * 1e3f;
 }
 
-// Chooses by time among the candidates with the bits of the first; out takes the trials' results.
+// Runs the candidate into out, from what p->out holds where the product adds to it; false if the library refuses. bits:
+// out's fingerprint
+static inline bool matmul_try(const MatmulPlans* mm, MatmulPlan* plan, const cublasLtMatmulAlgo_t* algo,
+                              const MatmulProduct* p, void* out, uint64_t* bits, cudaStream_t stream) {
+    const size_t size = matmul_out_size(&p->shape);
+    if (p->shape.add) { cuda_check(cudaMemcpyAsync(out, p->out, size, cudaMemcpyDeviceToDevice, stream)); }
+    if (matmul_run(mm, plan, algo, p, out, stream) != CUBLAS_STATUS_SUCCESS) {
+        cudaGetLastError(); // whatever it left
+        return false;
+    }
+    *bits = matmul_fingerprint(mm, out, size, stream);
+    return true;
+}
+
+// Chooses by time among the candidates with the bits of the first; out takes the trials' results and is not p->out where
+// the product adds to that.
 static inline void matmul_trial(const MatmulPlans* mm, MatmulPlan* plan, const MatmulProduct* p, void* out,
                                 const cublasLtMatmulHeuristicResult_t* found, int count, cudaStream_t stream) {
-    const size_t size = matmul_out_size(&p->shape);
-    uint64_t bits[MATMUL_CANDIDATES];
+    uint64_t bits[MATMUL_CANDIDATES], again;
     float us[MATMUL_CANDIDATES];
     bool runs[MATMUL_CANDIDATES];
     int first = -1, best = -1;
     for (int i = 0; i < count; i++) { // an algorithm counts if it runs, and gives the same bits when it runs again
         us[i] = INFINITY;
-        runs[i] = matmul_run(mm, plan, &found[i].algo, p, out, stream) == CUBLAS_STATUS_SUCCESS;
-        if (!runs[i]) {
-            cudaGetLastError(); // whatever it left
-            continue;
-        }
-        bits[i] = matmul_fingerprint(mm, out, size, stream);
-        cublas_check(matmul_run(mm, plan, &found[i].algo, p, out, stream));
-        runs[i] = matmul_fingerprint(mm, out, size, stream) == bits[i];
+        runs[i] = matmul_try(mm, plan, &found[i].algo, p, out, &bits[i], stream) &&
+                  matmul_try(mm, plan, &found[i].algo, p, out, &again, stream) && again == bits[i];
         if (runs[i] && first < 0) { first = i; }
     }
     if (first < 0) { fatal("cuBLASLt: none of %d algorithms for a product gives the same bits twice", count); }
