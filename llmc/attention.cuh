@@ -139,10 +139,10 @@ static inline void attention_backward(floatX* dqkv, const floatX* dout, const fl
         cuda_check_launch();
         attention_with_head_size(a.HS, [&](auto size) {
             constexpr int HS = decltype(size)::value;
-            attention_launch<BackwardKVBlock<HS>>(attention_backward_kv_kernel<HS>, a, stream, dqkv, dout, lse,
-                                                  (const float*)delta, in);
-            attention_launch<BackwardQBlock<HS>>(attention_backward_q_kernel<HS>, a, stream, dqkv, dout, lse,
-                                                 (const float*)delta, in);
+            attention_launch<BackwardBlock<HS, true>>(attention_backward_kernel<HS, true>, a, stream, dqkv, dout, lse,
+                                                      (const float*)delta, in);
+            attention_launch<BackwardBlock<HS, false>>(attention_backward_kernel<HS, false>, a, stream, dqkv, dout, lse,
+                                                       (const float*)delta, in);
         });
     }
     if (a.cosine) {

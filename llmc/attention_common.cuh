@@ -54,24 +54,6 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// delta (B, NH, T) = dout . out for each head; dout, out (B, T, NH, HS)
-static __global__ __launch_bounds__(256) void attention_delta_kernel(float* delta, const floatX* dout,
-                                                                     const floatX* out, int B, int T, int NH, int HS) {
-    const size_t row = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 4;
-    const bool valid = row < (size_t)B * T * NH;
-    float sum = 0;
-    for (int i = threadIdx.x % 4 * Vec16<floatX>::size; valid && i < HS; i += 4 * Vec16<floatX>::size) {
-        const Vec16<floatX> a = load16(dout + row * HS + i), b = load16(out + row * HS + i);
-#pragma unroll
-        for (int j = 0; j < Vec16<floatX>::size; j++) { sum += (float)a[j] * (float)b[j]; }
-    }
-    sum = quad_sum(sum);
-    if (valid && threadIdx.x % 4 == 0) {
-        const size_t token = row / NH, b = token / T;
-        delta[(b * NH + row % NH) * T + token % T] = sum;
-    }
-}
-
 // Sum of a (HS) * b (HS) over the row's four lanes, in each of them; 0 where not valid.
 __device__ __forceinline__ float quad_dot(const floatX* a, const floatX* b, int HS, bool valid) {
     float sum = 0;
@@ -81,6 +63,18 @@ __device__ __forceinline__ float quad_dot(const floatX* a, const floatX* b, int 
         for (int j = 0; j < Vec16<floatX>::size; j++) { sum += (float)x[j] * (float)y[j]; }
     }
     return quad_sum(sum);
+}
+
+// delta (B, NH, T) = dout . out for each head; dout, out (B, T, NH, HS)
+static __global__ __launch_bounds__(256) void attention_delta_kernel(float* delta, const floatX* dout,
+                                                                     const floatX* out, int B, int T, int NH, int HS) {
+    const size_t row = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 4;
+    const bool valid = row < (size_t)B * T * NH;
+    const float sum = quad_dot(dout + row * HS, out + row * HS, HS, valid);
+    if (valid && threadIdx.x % 4 == 0) {
+        const size_t token = row / NH, b = token / T;
+        delta[(b * NH + row % NH) * T + token % T] = sum;
+    }
 }
 
 // unit (B, T, 2, NH, HS) = q and k of qkv (B, T, 3, NH, HS), each head divided by its norm, at least 1e-12

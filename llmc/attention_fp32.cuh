@@ -12,8 +12,7 @@ template <int HS> struct Fp32Block {
     static constexpr size_t SHARED = sizeof(float) * (4 * TILE * LD + 2 * ROWS * (TILE + 1) + 2 * TILE);
 };
 template <int HS> struct ForwardBlock : Fp32Block<HS> {};
-template <int HS> struct BackwardQBlock : Fp32Block<HS> {};
-template <int HS> struct BackwardKVBlock : Fp32Block<HS> {};
+template <int HS, bool KEYS> struct BackwardBlock : Fp32Block<HS> {};
 
 // Rows first .. first + 31 of x (T, HS in rows of stride) into tile (32, HS), zeros past T.
 template <int HS>
@@ -93,83 +92,54 @@ __global__ __launch_bounds__(256, 2) void attention_forward_kernel(float* out, f
     if (threadIdx.x % 8 == 0) { lse[(size_t)bh * T + query] = top / ATTENTION_LOG2E + logf(sum); }
 }
 
-// dqkv (B, T, 3, NH, HS): writes dq. dout (B, T, NH, HS); lse, delta (B, NH, T)
-template <int HS>
-__global__ __launch_bounds__(256, 2) void attention_backward_q_kernel(float* dqkv, const float* dout, const float* lse,
-                                                                      const float* delta, AttentionInput in) {
+// One text for two kernels (attention_hopper_backward.cuh has the formulas): with KEYS the rows of the scores are keys and the
+// columns queries, and it writes dk and dv; otherwise the other way about, and it writes dq.
+// dqkv (B, T, 3, NH, HS); dout (B, T, NH, HS); lse, delta (B, NH, T)
+template <int HS, bool KEYS>
+__global__ __launch_bounds__(256, 2) void attention_backward_kernel(float* dqkv, const float* dout, const float* lse,
+                                                                    const float* delta, AttentionInput in) {
     constexpr int LD = Fp32Block<HS>::LD, TILE = 32;
     extern __shared__ float shared[];
     float *q_tile = shared, *do_tile = q_tile + TILE * LD, *k_tile = do_tile + TILE * LD, *v_tile = k_tile + TILE * LD;
-    float* p = v_tile + TILE * LD;
-    const int T = in.T, blocks = div_up(T, TILE), bh = blockIdx.x / blocks, r = threadIdx.x / 8;
-    const int q0 = (blocks - 1 - (int)(blockIdx.x % blocks)) * TILE, query = q0 + r, head = bh % in.NH * HS;
+    float *p = v_tile + TILE * LD, *ds = p + TILE * (TILE + 1);
+    float *tile_lse = ds + TILE * (TILE + 1), *tile_delta = tile_lse + TILE; // of the queries in q_tile
+    const int T = in.T, blocks = div_up(T, TILE), bh = blockIdx.x / blocks, block = blockIdx.x % blocks;
+    const int row0 = (KEYS ? block : blocks - 1 - block) * TILE, r = threadIdx.x / 8, head = bh % in.NH * HS;
     const size_t C = (size_t)in.NH * HS, token = (size_t)(bh / in.NH) * T;
     in = attention_head<HS>(in, bh);
-    load_tile<HS>(q_tile, in.q, in.qk_stride, q0, T);
-    load_tile<HS>(do_tile, dout + token * C + head, C, q0, T);
-    const float row_lse = query < T ? lse[(size_t)bh * T + query] * ATTENTION_LOG2E : 0;
-    const float row_delta = query < T ? delta[(size_t)bh * T + query] : 0;
-    float dq[HS / 8] = {};
-    const float c = in.scale * ATTENTION_LOG2E;
-    for (int k0 = 0; k0 <= q0; k0 += TILE) {
-        __syncthreads();
-        load_tile<HS>(k_tile, in.k, in.qk_stride, k0, T);
-        load_tile<HS>(v_tile, in.v, in.v_stride, k0, T);
-        __syncthreads();
-        float s[4], dp[4];
-        row_products<HS>(s, q_tile + r * LD, k_tile);
-        row_products<HS>(dp, do_tile + r * LD, v_tile);
-        for (int j = 0; j < 4; j++) {
-            const bool seen = k0 + j * 8 + (int)threadIdx.x % 8 <= query;
-            s[j] = seen ? exp2f(s[j] * c - row_lse) * (dp[j] - row_delta) : 0;
-        }
-        accumulate<HS>(dq, s, p + r * (TILE + 1), k_tile);
-    }
-    if (query < T) { store_row<HS>(dqkv + (token + query) * 3 * C + head, dq, in.scale); }
-}
-
-// dqkv (B, T, 3, NH, HS): writes dk and dv. dout (B, T, NH, HS); lse, delta (B, NH, T)
-template <int HS>
-__global__ __launch_bounds__(256, 2) void attention_backward_kv_kernel(float* dqkv, const float* dout, const float* lse,
-                                                                       const float* delta, AttentionInput in) {
-    constexpr int LD = Fp32Block<HS>::LD, TILE = 32;
-    extern __shared__ float shared[];
-    float *k_tile = shared, *v_tile = k_tile + TILE * LD, *q_tile = v_tile + TILE * LD, *do_tile = q_tile + TILE * LD;
-    float *p = do_tile + TILE * LD, *ds = p + TILE * (TILE + 1);
-    float *tile_lse = ds + TILE * (TILE + 1), *tile_delta = tile_lse + TILE;
-    const int T = in.T, blocks = div_up(T, TILE), bh = blockIdx.x / blocks, r = threadIdx.x / 8;
-    const int k0 = (int)(blockIdx.x % blocks) * TILE, key = k0 + r, head = bh % in.NH * HS;
-    const size_t C = (size_t)in.NH * HS, token = (size_t)(bh / in.NH) * T;
-    in = attention_head<HS>(in, bh);
-    load_tile<HS>(k_tile, in.k, in.qk_stride, k0, T);
-    load_tile<HS>(v_tile, in.v, in.v_stride, k0, T);
-    float dk[HS / 8] = {}, dv[HS / 8] = {};
-    const float c = in.scale * ATTENTION_LOG2E;
-    for (int q0 = k0; q0 < T; q0 += TILE) {
-        __syncthreads();
-        load_tile<HS>(q_tile, in.q, in.qk_stride, q0, T);
-        load_tile<HS>(do_tile, dout + token * C + head, C, q0, T);
+    auto load = [&](bool keys, int first) {
+        load_tile<HS>(keys ? k_tile : q_tile, keys ? in.k : in.q, in.qk_stride, first, T);
+        if (keys) { return load_tile<HS>(v_tile, in.v, in.v_stride, first, T); }
+        load_tile<HS>(do_tile, dout + token * C + head, C, first, T);
         if (threadIdx.x < TILE) {
-            const int t = q0 + threadIdx.x;
+            const int t = first + threadIdx.x;
             tile_lse[threadIdx.x] = t < T ? lse[(size_t)bh * T + t] * ATTENTION_LOG2E : 0;
             tile_delta[threadIdx.x] = t < T ? delta[(size_t)bh * T + t] : 0;
         }
+    };
+    load(KEYS, row0);
+    float da[HS / 8] = {}, db[HS / 8] = {}; // dk, dv or dq, nothing
+    const float c = in.scale * ATTENTION_LOG2E;
+    for (int column0 = KEYS ? row0 : 0; column0 < (KEYS ? T : row0 + TILE); column0 += TILE) {
+        __syncthreads();
+        load(!KEYS, column0);
         __syncthreads();
         float s[4], dp[4];
-        row_products<HS>(s, k_tile + r * LD, q_tile);
-        row_products<HS>(dp, v_tile + r * LD, do_tile);
+        row_products<HS>(s, (KEYS ? k_tile : q_tile) + r * LD, KEYS ? q_tile : k_tile);
+        row_products<HS>(dp, (KEYS ? v_tile : do_tile) + r * LD, KEYS ? do_tile : v_tile);
         for (int j = 0; j < 4; j++) {
-            const int column = j * 8 + threadIdx.x % 8;
-            s[j] = key <= q0 + column && q0 + column < T ? exp2f(s[j] * c - tile_lse[column]) : 0;
-            dp[j] = s[j] * (dp[j] - tile_delta[column]);
+            const int column = j * 8 + threadIdx.x % 8, i = KEYS ? column : r; // i: the query in its tile
+            const int query = KEYS ? column0 + column : row0 + r, key = KEYS ? row0 + r : column0 + column;
+            s[j] = key <= query && query < T ? exp2f(s[j] * c - tile_lse[i]) : 0;
+            dp[j] = s[j] * (dp[j] - tile_delta[i]);
         }
-        accumulate<HS>(dv, s, p + r * (TILE + 1), do_tile);
-        accumulate<HS>(dk, dp, ds + r * (TILE + 1), q_tile);
+        if (KEYS) { accumulate<HS>(db, s, p + r * (TILE + 1), do_tile); }
+        accumulate<HS>(da, dp, ds + r * (TILE + 1), KEYS ? q_tile : k_tile);
     }
-    if (key < T) {
-        float* row = dqkv + (token + key) * 3 * C + C + head;
-        store_row<HS>(row, dk, in.scale);
-        store_row<HS>(row + C, dv, 1);
+    if (row0 + r < T) {
+        float* row = dqkv + (token + row0 + r) * 3 * C + (KEYS ? C : 0) + head;
+        store_row<HS>(row, da, in.scale);
+        if (KEYS) { store_row<HS>(row + C, db, 1); }
     }
 }
 

@@ -106,20 +106,24 @@ template <int HS, int MT, int KEPT> struct WarpRows {
     }
 };
 
+template <int N, int MT> __device__ __forceinline__ void zero_rows(float (&acc)[MT][N / 8][4]) {
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) { acc[m][n][i] = 0; }
+        }
+    }
+}
+
 // s (MT * 16, N) = rows (MT * 16, HS) @ tile (N, HS)^T
 template <int HS, int MT, int N, int KEPT>
 __device__ __forceinline__ void row_products(float (&s)[MT][N / 8][4], const WarpRows<HS, MT, KEPT>& rows,
                                              const floatX* tile) {
     const int lane = threadIdx.x % WARP;
     const floatX* lane_row = tile + (lane / 16 * 8 + lane % 8) * padded_row<HS>() + lane / 8 % 2 * 8;
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int n = 0; n < N / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) { s[m][n][i] = 0; }
-        }
-    }
+    zero_rows<N, MT>(s);
 #pragma unroll
     for (int k = 0; k < HS / 16; k++) {
         unsigned a[MT][4];
@@ -167,17 +171,6 @@ __device__ __forceinline__ void accumulate(float (&acc)[MT][HS / 8][4], const fl
     }
 }
 
-template <int HS, int MT> __device__ __forceinline__ void zero_rows(float (&acc)[MT][HS / 8][4]) {
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int n = 0; n < HS / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) { acc[m][n][i] = 0; }
-        }
-    }
-}
-
 // A warp's rows, times factor[m][half] for rows m * 16 + half * 8 + lane / 4, to x (T, HS in rows of stride) from row first on.
 // stage: MT * 16 rows of shared memory that no other warp uses.
 template <int HS, int MT>
@@ -219,19 +212,16 @@ struct WarpsBlock {
 };
 template <int HS> struct ForwardBlock : WarpsBlock {
     static constexpr int MT = 2, ROWS = WARPS * MT * 16, TILE = HS <= 64 ? 64 : 32, KEPT = HS <= 64 ? HS / 16 : 0;
-    static constexpr size_t SHARED = sizeof(floatX) * padded_row<HS>() * (ROWS + 4 * TILE);
+    static constexpr int STAGE = 2 * TILE * padded_row<HS>(); // numbers in a stage of the ring: k, v
+    static constexpr size_t SHARED = sizeof(floatX) * (ROWS * padded_row<HS>() + 2 * STAGE);
 };
-// For dq; STEP: columns of scores at a time.
-template <int HS> struct BackwardQBlock : WarpsBlock {
-    static constexpr int MT = HS <= 64 ? 2 : 1, ROWS = WARPS * MT * 16, TILE = HS <= 64 ? 64 : 32, STEP = 32;
-    static constexpr size_t SHARED = sizeof(floatX) * padded_row<HS>() * (2 * ROWS + 4 * TILE);
-};
-// For dk and dv.
-template <int HS> struct BackwardKVBlock : WarpsBlock {
+// KEYS: see attention_backward_kernel. STEP: columns of scores at a time.
+template <int HS, bool KEYS> struct BackwardBlock : WarpsBlock {
     static constexpr int MT = HS <= 64 ? 2 : 1, ROWS = WARPS * MT * 16, TILE = HS <= 64 ? 64 : 32;
-    static constexpr int STEP = HS <= 64 ? 16 : 32, KEPT = HS < 64 ? HS / 16 : HS == 64 ? 3 : 0;
-    static constexpr size_t SHARED =
-        sizeof(floatX) * padded_row<HS>() * (2 * ROWS + 4 * TILE) + 4 * TILE * sizeof(float);
+    static constexpr int STEP = KEYS && HS <= 64 ? 16 : 32, KEPT = !KEYS || HS < 64 ? HS / 16 : HS == 64 ? 3 : 0;
+    static constexpr int STATISTICS = KEYS ? 2 * TILE * sizeof(float) / sizeof(floatX) : 0; // lse, delta
+    static constexpr int STAGE = 2 * TILE * padded_row<HS>() + STATISTICS;                  // q, dout or k, v; these
+    static constexpr size_t SHARED = sizeof(floatX) * (2 * ROWS * padded_row<HS>() + 2 * STAGE);
 };
 
 // The rows that a block of threads has to itself, of them a warp's, and the head they belong to.
@@ -253,14 +243,37 @@ template <int HS, class Block> struct BlockRows {
     }
 };
 
-// Rows first .. of a, then of b, into one stage of a ring of two.
-template <int HS, class Block>
-__device__ __forceinline__ void load_tiles(floatX* ring, const floatX* a, size_t a_stride, const floatX* b,
-                                           size_t b_stride, int first, int T) {
-    constexpr int TILE = Block::TILE, SIZE = TILE * padded_row<HS>();
-    floatX* stage = ring + first / TILE % 2 * (2 * SIZE);
-    load_tile<HS, TILE, Block::THREADS>(stage, a, a_stride, first, T);
-    load_tile<HS, TILE, Block::THREADS>(stage + SIZE, b, b_stride, first, T);
+// What a head's queries, or its keys, put into the products: rows of two tensors.
+struct RowPair {
+    const floatX* a; // (T, HS) in rows of a_stride: q or k
+    size_t a_stride;
+    const floatX* b; // the same: dout or v
+    size_t b_stride;
+};
+
+// Rows first .. first + ROWS - 1 of x.a, then of x.b, into two tiles, one behind the other.
+template <int HS, int ROWS, int THREADS>
+__device__ __forceinline__ void load_tiles(floatX* tiles, const RowPair& x, int first, int T) {
+    load_tile<HS, ROWS, THREADS>(tiles, x.a, x.a_stride, first, T);
+    load_tile<HS, ROWS, THREADS>(tiles + ROWS * padded_row<HS>(), x.b, x.b_stride, first, T);
+}
+
+// The stage of a ring of two that holds the tiles of columns column ..
+template <class Block> __device__ __forceinline__ floatX* ring_stage(floatX* ring, int column) {
+    return ring + column / Block::TILE % 2 * Block::STAGE;
+}
+
+// Calls step(column) for each tile of columns from begin up to end, while load(column) of the next is under way; load(begin)
+// is the caller's.
+template <int TILE, class Load, class Step>
+__device__ __forceinline__ void walk_tiles(int begin, int end, Load load, Step step) {
+#pragma unroll 1
+    for (int column = begin; column < end; column += TILE) {
+        cp_async_wait();
+        __syncthreads(); // this tile is here, and nobody reads the one before any more
+        if (column + TILE < end) { load(column + TILE); }
+        step(column);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -301,10 +314,11 @@ __device__ __forceinline__ void softmax_step(float (&s)[MT][N / 8][4], float (&a
     }
 }
 
-// Minus infinity where the key comes after the query: queries down from row and keys across from column, or, KEYS_DOWN, keys
-// down and queries across.
-template <int MT, int N, bool KEYS_DOWN>
+// Minus infinity where the key comes after the query: queries down from row and keys across from column, or, KEYS, keys down
+// and queries across.
+template <int MT, int N, bool KEYS>
 __device__ __forceinline__ void mask_scores(float (&s)[MT][N / 8][4], int row, int column) {
+    if (KEYS ? row + MT * 16 - 1 <= column : column + N - 1 <= row) { return; }
     const int lane = threadIdx.x % WARP, below = row + lane / 4 - column - lane % 4 * 2;
     asm volatile(""); // keeps this a branch, which most tiles jump over
 #pragma unroll
@@ -314,7 +328,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[MT][N / 8][4], int row, i
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int distance = below + m * 16 + i / 2 * 8 - n * 8 - i % 2; // row minus column
-                if (KEYS_DOWN ? distance > 0 : distance < 0) { s[m][n][i] = -INFINITY; }
+                if (KEYS ? distance > 0 : distance < 0) { s[m][n][i] = -INFINITY; }
             }
         }
     }
@@ -326,15 +340,18 @@ __global__ __launch_bounds__(128, 2) void attention_forward_kernel(floatX* out, 
     typedef ForwardBlock<HS> Block;
     constexpr int MT = Block::MT, TILE = Block::TILE, LD = padded_row<HS>();
     extern __shared__ __align__(16) unsigned char shared[];
-    floatX *q_tile = (floatX*)shared, *kv_tiles = q_tile + Block::ROWS * LD; // two times k, v
+    floatX *q_tile = (floatX*)shared, *ring = q_tile + Block::ROWS * LD;
 
     const BlockRows<HS, Block> rows(in, true);
-    const int T = in.T, first = rows.first, keys = min(rows.start + Block::ROWS, T), lane = threadIdx.x % WARP;
+    const int T = in.T, first = rows.first, lane = threadIdx.x % WARP;
     in = attention_head<HS>(in, rows.bh);
 
-    auto load_kv = [&](int k0) { load_tiles<HS, Block>(kv_tiles, in.k, in.qk_stride, in.v, in.v_stride, k0, T); };
+    auto load_keys = [&](int k0) {
+        load_tiles<HS, TILE, Block::THREADS>(ring_stage<Block>(ring, k0), {in.k, in.qk_stride, in.v, in.v_stride}, k0,
+                                             T);
+    };
     load_tile<HS, Block::ROWS, Block::THREADS>(q_tile, in.q, in.qk_stride, rows.start, T);
-    load_kv(0);
+    load_keys(0);
     cp_async_wait();
     __syncthreads();
     WarpRows<HS, MT, Block::KEPT> q;
@@ -348,19 +365,15 @@ __global__ __launch_bounds__(128, 2) void attention_forward_kernel(floatX* out, 
         sum[m][0] = sum[m][1] = 0;
     }
     const float c = in.scale * ATTENTION_LOG2E;
-#pragma unroll 1
-    for (int k0 = 0; k0 < keys; k0 += TILE) {
-        cp_async_wait();
-        __syncthreads(); // this tile is here, and nobody reads the one before any more
-        if (k0 + TILE < keys) { load_kv(k0 + TILE); }
-        if (first >= T || k0 >= first + MT * 16) { continue; }
-        const floatX* k_tile = kv_tiles + k0 / TILE % 2 * (2 * TILE * LD);
+    walk_tiles<TILE>(0, min(rows.start + Block::ROWS, T), load_keys, [&](int k0) {
+        if (first >= T || k0 >= first + MT * 16) { return; }
+        const floatX* k_tile = ring_stage<Block>(ring, k0);
         float s[MT][TILE / 8][4];
         row_products<HS, MT, TILE>(s, q, k_tile);
-        if (k0 + TILE - 1 > first) { mask_scores<MT, TILE, false>(s, first, k0); }
+        mask_scores<MT, TILE, false>(s, first, k0);
         softmax_step<HS, MT, TILE>(s, acc, top, sum, c);
         accumulate<HS, MT, TILE>(acc, s, k_tile + TILE * LD);
-    }
+    });
     float inverse[MT][2];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
@@ -381,173 +394,132 @@ __global__ __launch_bounds__(128, 2) void attention_forward_kernel(floatX* out, 
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 
-// dqkv (B, T, 3, NH, HS): writes dq. One block of threads for ROWS queries of a head, the longest first.
-// dout (B, T, NH, HS); lse, delta (B, NH, T)
-template <int HS>
-__global__ __launch_bounds__(128, 2) void attention_backward_q_kernel(floatX* dqkv, const floatX* dout,
-                                                                      const float* lse, const float* delta,
-                                                                      AttentionInput in) {
-    typedef BackwardQBlock<HS> Block;
-    constexpr int MT = Block::MT, TILE = Block::TILE, STEP = Block::STEP, LD = padded_row<HS>();
-    extern __shared__ __align__(16) unsigned char shared[];
-    floatX *q_tile = (floatX*)shared, *do_tile = q_tile + Block::ROWS * LD;
-    floatX* kv_tiles = do_tile + Block::ROWS * LD; // two times k, v
+// lse or delta of the query to which an element of a warp's scores belongs: of its column, in shared memory, or (KEYS false) of
+// its row, in registers.
+template <int MT, bool KEYS> struct QueryStatistic {
+    float of_row[MT][2];
+    const float* of_column; // this lane's first
 
-    const BlockRows<HS, Block> rows(in, true);
-    const int T = in.T, first = rows.first, keys = min(rows.start + Block::ROWS, T), lane = threadIdx.x % WARP;
-    in = attention_head<HS>(in, rows.bh);
-    dout += rows.token * rows.C + rows.h * HS;
-
-    auto load_kv = [&](int k0) { load_tiles<HS, Block>(kv_tiles, in.k, in.qk_stride, in.v, in.v_stride, k0, T); };
-    load_tile<HS, Block::ROWS, Block::THREADS>(q_tile, in.q, in.qk_stride, rows.start, T);
-    load_tile<HS, Block::ROWS, Block::THREADS>(do_tile, dout, rows.C, rows.start, T);
-    load_kv(0);
-    float row_lse[MT][2], row_delta[MT][2]; // lse in units of base 2
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int t = first + m * 16 + half * 8 + lane / 4;
-            row_lse[m][half] = t < T ? lse[(size_t)rows.bh * T + t] * ATTENTION_LOG2E : 0;
-            row_delta[m][half] = t < T ? delta[(size_t)rows.bh * T + t] : 0;
-        }
-    }
-    cp_async_wait();
-    __syncthreads();
-    WarpRows<HS, MT, HS / 16> q, d;
-    q.open(q_tile + rows.warp_row * LD);
-    d.open(do_tile + rows.warp_row * LD);
-
-    float dq[MT][HS / 8][4];
-    zero_rows<HS, MT>(dq);
-    const float c = in.scale * ATTENTION_LOG2E;
-#pragma unroll 1
-    for (int k0 = 0; k0 < keys; k0 += TILE) {
-        cp_async_wait();
-        __syncthreads(); // this tile is here, and nobody reads the one before any more
-        if (k0 + TILE < keys) { load_kv(k0 + TILE); }
-        if (first >= T) { continue; }
-        const floatX* tile = kv_tiles + k0 / TILE % 2 * (2 * TILE * LD);
-#pragma unroll 1
-        for (int k = k0; k < min(k0 + TILE, first + MT * 16); k += STEP, tile += STEP * LD) {
-            float s[MT][STEP / 8][4], dp[MT][STEP / 8][4];
-            row_products<HS, MT, STEP>(s, q, tile);
-            row_products<HS, MT, STEP>(dp, d, tile + TILE * LD);
-            if (k + STEP - 1 > first) { mask_scores<MT, STEP, false>(s, first, k); }
-#pragma unroll
-            for (int m = 0; m < MT; m++) {
-#pragma unroll
-                for (int n = 0; n < STEP / 8; n++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        s[m][n][i] =
-                            exp2_approx(fmaf(s[m][n][i], c, -row_lse[m][i / 2])) * (dp[m][n][i] - row_delta[m][i / 2]);
-                    }
-                }
-            }
-            accumulate<HS, MT, STEP>(dq, s, tile);
-        }
-    }
-    float factor[MT][2];
-#pragma unroll
-    for (int m = 0; m < MT; m++) { factor[m][0] = factor[m][1] = in.scale; }
-    store_rows<HS, MT>(dqkv + rows.token * 3 * rows.C + rows.h * HS, 3 * rows.C, dq, factor,
-                       q_tile + rows.warp_row * LD, first, T);
-}
-
-// From the transposed scores s (keys down from k0, queries across from q0) and dp to probabilities and their gradient.
-// lse, delta (N): of these queries
-template <int MT, int N>
-__device__ __forceinline__ void backward_probabilities(float (&s)[MT][N / 8][4], float (&dp)[MT][N / 8][4],
-                                                       const float* lse, const float* delta, float c, int k0, int q0) {
-    const int column = threadIdx.x % 4 * 2;
-    if (q0 < k0 + MT * 16 - 1) { mask_scores<MT, N, true>(s, k0, q0); }
-#pragma unroll
-    for (int n = 0; n < N / 8; n++) {
-        const float2 l = *reinterpret_cast<const float2*>(lse + n * 8 + column);
-        const float2 d = *reinterpret_cast<const float2*>(delta + n * 8 + column);
-        const float column_lse[2] = {l.x * ATTENTION_LOG2E, l.y * ATTENTION_LOG2E}, column_delta[2] = {d.x, d.y};
+    // x (T): that of all queries; row: the warp's first
+    __device__ __forceinline__ void open_rows(const float* x, int row, int T) {
 #pragma unroll
         for (int m = 0; m < MT; m++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                s[m][n][i] = exp2_approx(fmaf(s[m][n][i], c, -column_lse[i % 2]));
-                dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - column_delta[i % 2]);
+            for (int half = 0; half < 2; half++) {
+                const int t = row + m * 16 + half * 8 + (int)threadIdx.x % WARP / 4;
+                of_row[m][half] = t < T ? x[t] : 0;
+            }
+        }
+    }
+    __device__ __forceinline__ void open_columns(const float* x) { of_column = x + threadIdx.x % 4 * 2; }
+    // Of elements 2 half and 2 half + 1 of s[m][n].
+    __device__ __forceinline__ float2 get(int m, int n, int half) const {
+        if (KEYS) { return *reinterpret_cast<const float2*>(of_column + n * 8); }
+        return make_float2(of_row[m][half], of_row[m][half]);
+    }
+};
+
+// From the scores s (rows down from row, columns across from column) and dp to the probabilities, in s, and their gradient,
+// in dp. c: scale * log2(e)
+template <int MT, int N, bool KEYS>
+__device__ __forceinline__ void
+backward_probabilities(float (&s)[MT][N / 8][4], float (&dp)[MT][N / 8][4], const QueryStatistic<MT, KEYS>& lse,
+                       const QueryStatistic<MT, KEYS>& delta, float c, int row, int column) {
+    mask_scores<MT, N, KEYS>(s, row, column);
+#pragma unroll
+    for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float2 l = lse.get(m, n, half), d = delta.get(m, n, half);
+                float *p = &s[m][n][2 * half], *ds = &dp[m][n][2 * half];
+                p[0] = exp2_approx(fmaf(p[0], c, -l.x * ATTENTION_LOG2E));
+                p[1] = exp2_approx(fmaf(p[1], c, -l.y * ATTENTION_LOG2E));
+                ds[0] = p[0] * (ds[0] - d.x);
+                ds[1] = p[1] * (ds[1] - d.y);
             }
         }
     }
 }
 
-// dqkv (B, T, 3, NH, HS): writes dk and dv. One block of threads for ROWS keys of a head, the longest first.
-// dout (B, T, NH, HS); lse, delta (B, NH, T)
-template <int HS>
-__global__ __launch_bounds__(128, 2) void attention_backward_kv_kernel(floatX* dqkv, const floatX* dout,
-                                                                       const float* lse, const float* delta,
-                                                                       AttentionInput in) {
-    typedef BackwardKVBlock<HS> Block;
-    constexpr int MT = Block::MT, TILE = Block::TILE, STEP = Block::STEP, LD = padded_row<HS>();
+// One text for two kernels, as on compute capability 9.0 (attention_hopper_backward.cuh has the formulas): with KEYS the rows of
+// the scores are keys and the columns queries, and it writes dk and dv; otherwise the other way about, and it writes dq. One
+// block of threads for ROWS rows of a head, the longest first.
+// dqkv (B, T, 3, NH, HS); dout (B, T, NH, HS); lse, delta (B, NH, T)
+template <int HS, bool KEYS>
+__global__ __launch_bounds__(128, 2) void attention_backward_kernel(floatX* dqkv, const floatX* dout, const float* lse,
+                                                                    const float* delta, AttentionInput in) {
+    typedef BackwardBlock<HS, KEYS> Block;
+    constexpr int MT = Block::MT, ROWS = Block::ROWS, TILE = Block::TILE, STEP = Block::STEP, LD = padded_row<HS>();
     extern __shared__ __align__(16) unsigned char shared[];
-    floatX *k_tile = (floatX*)shared, *v_tile = k_tile + Block::ROWS * LD;
-    floatX* q_tiles = v_tile + Block::ROWS * LD;           // two times q, dout
-    float* statistics = (float*)(q_tiles + 4 * TILE * LD); // two times lse, delta
+    floatX *a_tile = (floatX*)shared, *b_tile = a_tile + ROWS * LD, *ring = b_tile + ROWS * LD;
 
-    const BlockRows<HS, Block> rows(in, false);
+    const BlockRows<HS, Block> rows(in, !KEYS);
     const int T = in.T, first = rows.first;
     in = attention_head<HS>(in, rows.bh);
-    dout += rows.token * rows.C + rows.h * HS;
+    const RowPair queries = {in.q, in.qk_stride, dout + rows.token * rows.C + rows.h * HS, rows.C};
+    const RowPair keys = {in.k, in.qk_stride, in.v, in.v_stride};
     lse += (size_t)rows.bh * T;
     delta += (size_t)rows.bh * T;
 
-    auto load_queries = [&](int q0) {
-        const int stage = q0 / TILE % 2, row = threadIdx.x % TILE;
-        load_tiles<HS, Block>(q_tiles, in.q, in.qk_stride, dout, rows.C, q0, T);
-        const bool valid = q0 + row < T;
-        if (threadIdx.x < 2 * TILE) { // zeros past T: such a query has p = 1, but dout and ds are zero
-            cp_async4(statistics + stage * 2 * TILE + threadIdx.x,
-                      (threadIdx.x < TILE ? lse : delta) + (valid ? q0 + row : 0), valid);
+    auto load_columns = [&](int column) {
+        floatX* stage = ring_stage<Block>(ring, column);
+        load_tiles<HS, TILE, Block::THREADS>(stage, KEYS ? queries : keys, column, T);
+        if (KEYS && threadIdx.x < 2 * TILE) { // zeros past T: such a query has p = 1, but dout and ds are zero
+            const int t = column + threadIdx.x % TILE;
+            cp_async4((float*)(stage + 2 * TILE * LD) + threadIdx.x,
+                      (threadIdx.x < TILE ? lse : delta) + (t < T ? t : 0), t < T);
         }
     };
-    load_tile<HS, Block::ROWS, Block::THREADS>(k_tile, in.k, in.qk_stride, rows.start, T);
-    load_tile<HS, Block::ROWS, Block::THREADS>(v_tile, in.v, in.v_stride, rows.start, T);
-    load_queries(rows.start);
+    const int begin = KEYS ? rows.start : 0;
+    load_tiles<HS, ROWS, Block::THREADS>(a_tile, KEYS ? keys : queries, rows.start, T);
+    load_columns(begin);
+    QueryStatistic<MT, KEYS> score_lse, score_delta;
+    if (!KEYS) {
+        score_lse.open_rows(lse, first, T);
+        score_delta.open_rows(delta, first, T);
+    }
     cp_async_wait();
     __syncthreads();
-    WarpRows<HS, MT, Block::KEPT> k, v;
-    k.open(k_tile + rows.warp_row * LD);
-    v.open(v_tile + rows.warp_row * LD);
+    WarpRows<HS, MT, Block::KEPT> a, b;
+    a.open(a_tile + rows.warp_row * LD);
+    b.open(b_tile + rows.warp_row * LD);
 
-    float dk[MT][HS / 8][4], dv[MT][HS / 8][4];
-    zero_rows<HS, MT>(dk);
-    zero_rows<HS, MT>(dv);
+    float da[MT][HS / 8][4], db[MT][HS / 8][4]; // dk, dv or dq, nothing
+    zero_rows<HS, MT>(da);
+    zero_rows<HS, MT>(db);
     const float c = in.scale * ATTENTION_LOG2E;
+    walk_tiles<TILE>(begin, KEYS ? T : min(rows.start + ROWS, T), load_columns, [&](int column) {
+        if (first >= T) { return; }
+        // the columns of this tile that the warp's rows need
+        const int from = KEYS ? max(column, first / STEP * STEP) : column;
+        const int to = min(column + TILE, KEYS ? T : first + MT * 16);
+        const floatX *stage = ring_stage<Block>(ring, column), *tile = stage + (from - column) * LD;
+        const float* statistics = (const float*)(stage + 2 * TILE * LD) + (from - column);
 #pragma unroll 1
-    for (int q0 = rows.start; q0 < T; q0 += TILE) {
-        cp_async_wait();
-        __syncthreads(); // this tile is here, and nobody reads the one before any more
-        if (q0 + TILE < T) { load_queries(q0 + TILE); }
-        if (first >= T) { continue; }
-        const int stage = q0 / TILE % 2, start = max(0, first - q0) / STEP * STEP;
-        const floatX* tile = q_tiles + (stage * 2 * TILE + start) * LD;
-        const float* tile_lse = statistics + stage * 2 * TILE + start;
-#pragma unroll 1
-        for (int q = q0 + start; q < min(q0 + TILE, T); q += STEP, tile += STEP * LD, tile_lse += STEP) {
+        for (int j = from; j < to; j += STEP, tile += STEP * LD, statistics += STEP) {
             float s[MT][STEP / 8][4], dp[MT][STEP / 8][4];
-            row_products<HS, MT, STEP>(s, k, tile);
-            row_products<HS, MT, STEP>(dp, v, tile + TILE * LD);
-            backward_probabilities<MT, STEP>(s, dp, tile_lse, tile_lse + TILE, c, first, q);
-            accumulate<HS, MT, STEP>(dv, s, tile + TILE * LD);
-            accumulate<HS, MT, STEP>(dk, dp, tile);
+            row_products<HS, MT, STEP>(s, a, tile);
+            row_products<HS, MT, STEP>(dp, b, tile + TILE * LD);
+            if (KEYS) {
+                score_lse.open_columns(statistics);
+                score_delta.open_columns(statistics + TILE);
+            }
+            backward_probabilities<MT, STEP, KEYS>(s, dp, score_lse, score_delta, c, first, j);
+            if (KEYS) { accumulate<HS, MT, STEP>(db, s, tile + TILE * LD); }
+            accumulate<HS, MT, STEP>(da, dp, tile);
         }
-    }
+    });
     float one[MT][2], factor[MT][2];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         one[m][0] = one[m][1] = 1;
         factor[m][0] = factor[m][1] = in.scale;
     }
-    floatX* dk_rows = dqkv + rows.token * 3 * rows.C + rows.C + rows.h * HS;
-    store_rows<HS, MT>(dk_rows, 3 * rows.C, dk, factor, k_tile + rows.warp_row * LD, first, T);
-    store_rows<HS, MT>(dk_rows + rows.C, 3 * rows.C, dv, one, v_tile + rows.warp_row * LD, first, T);
+    floatX* gradient = dqkv + rows.token * 3 * rows.C + rows.h * HS + (KEYS ? rows.C : 0);
+    store_rows<HS, MT>(gradient, 3 * rows.C, da, factor, a_tile + rows.warp_row * LD, first, T);
+    if (KEYS) { store_rows<HS, MT>(gradient + rows.C, 3 * rows.C, db, one, b_tile + rows.warp_row * LD, first, T); }
 }
 
 #endif
