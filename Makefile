@@ -218,3 +218,4 @@ bench-gpu: train_gptcu ## speed of whole steps on this machine's GPU, beside llm
 
 bench-gpu-ops: $(CUDA_NAMES:%=$(BUILD)/cuda_%) ## times every GPU operation beside its floor
 	@for program in $^; do echo "$$program" && $$program || exit 1; done
+	@$(PYTHON) dev/bench/gpu_attention.py $(BUILD)/cuda_attention

@@ -26,6 +26,7 @@ import argparse
 import array
 import csv
 import ctypes
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -337,6 +338,8 @@ def find_llmc(folder: str | None) -> dict:
     if cudnn is not None:
         paths = [f"{path}/lib" for path in cudnn.submodule_search_locations]
         env["LD_LIBRARY_PATH"] = ":".join(paths + [p for p in [env.get("LD_LIBRARY_PATH")] if p])
+        packages = [d for d in importlib.metadata.distributions() if d.name.startswith("nvidia-cudnn")]
+        print("cuDNN for llm.c:", ", ".join(f"{package.name} {package.version}" for package in packages))
     found = {}
     for name, file in (("llm.c, cuDNN", "train_gpt2cu_cudnn"), ("llm.c, own attention", "train_gpt2cu")):
         program = Path(folder).resolve() / file
