@@ -265,6 +265,14 @@ class Experiment:
 # Progress
 
 
+def write(text: str, end: str = "\n") -> None:
+    """To the standard output. That its reader has gone, as `head` does, is no reason to stop training."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def format_count(x: float) -> str:
     """Three digits and a unit: 999, 1.23K, 45.6M, 2.22B."""
     unit = next((i for i in range(3) if x < 999.5 * 1000**i), 3)
@@ -297,7 +305,7 @@ class Progress:
         return {run: read_position(self.experiment.folder(run)).tokens for run in self.runs}
 
     def say(self, text: str) -> None:
-        print(f"\r\x1b[K{text}" if self.terminal else text, flush=True)
+        write(f"\r\x1b[K{text}" if self.terminal else text)
 
     def start(self, run: Run) -> None:
         self.tokens = self.positions()
@@ -325,9 +333,9 @@ class Progress:
         self.shown = now
         text = self.line(run, read_position(self.experiment.folder(run)))
         if self.terminal:
-            print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", flush=True)
+            write(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="")
         else:
-            print(text, flush=True)
+            write(text)
 
     def finish(self, run: Run) -> None:
         self.tokens = self.positions()
@@ -467,7 +475,7 @@ def show_plan(experiment: Experiment, runs: list[Run], size: Size) -> None:
     """A line for each arm, and the sums."""
     plan = experiment.plan
     columns = ("arm", "runs", "done", "steps", "tokens", "mean batch", "time a run")
-    print("{:<16} {:>5} {:>5} {:>15} {:>15} {:>11} {:>11}".format(*columns), " what it is")
+    write("{:<16} {:>5} {:>5} {:>15} {:>15} {:>11} {:>11}  what it is".format(*columns))
     left = 0
     for name in dict.fromkeys(run.arm for run in runs):
         of_arm = [run for run in runs if run.arm == name]
@@ -478,20 +486,20 @@ def show_plan(experiment: Experiment, runs: list[Run], size: Size) -> None:
         steps = "-".join(f"{n:,}" for n in dict.fromkeys(arm.steps)) or "?"
         mean = f"{budget / arm.steps[0] / plan.seq_len:.1f}" if known else "?"
         tokens = f"{budget:,}" if arm.budget else "?"
-        print(
+        write(
             f"{name:<16} {len(of_arm):>5} {done:>5} {steps:>15} {tokens:>15} {mean:>11} "
             f"{format_duration(budget / size.speed):>11}  {arm.title}"
         )
     epochs = plan.data.train_tokens and f"; {plan.budget / plan.data.train_tokens:.2f} epochs of the data"
-    print(
+    write(
         f"\n{plan.model}: {plan.parameters:,} parameters, {plan.budget / plan.parameters:.2f} tokens each"
         f"{epochs or ''}; seeds {', '.join(map(str, sorted({run.seed for run in runs})))}"
     )
-    print(
+    write(
         f"{len(runs)} runs, left to train: {format_count(left)} tokens, {format_duration(left / size.speed)} at "
         f"{format_count(size.speed)} tok/s ({size.machine})"
     )
-    print(
+    write(
         "Steps are those of the trainer's --dry-run; in gns and replay the noise decides, on fitted budgets other runs."
     )
 

@@ -84,15 +84,15 @@ SIZES = {
     ),
     "small": Size(
         model="L=6,H=6,C=384,T=512", layers=6, channels=384, seq_len=512, vocab=None, model_options={}, budget=None,
-        lr=2e-3, batch=128, start=16, constants=(16, 32, 96, 256), quantum=1, micro_batch=128, val_tokens=524_288,
+        lr=4e-3, batch=128, start=16, constants=(16, 32, 96, 256), quantum=1, micro_batch=128, val_tokens=524_288,
         val_tokens_needed=524_288, evaluations=50, checkpoints=4, log_tensors="off", arms="all", seeds="1-5",
-        speed=2.2e6, machine="one H200, estimated",
+        speed=3.7e6, machine="one H200",
     ),
     "111m": Size(
         model="cgpt:111m", layers=10, channels=768, seq_len=2048, vocab=50304,
         model_options={"cosine-attention": "1"}, budget=2_219_950_080, lr=1.17e-3, batch=120, start=16,
         constants=(16, 32, 80, 240), quantum=8, micro_batch=8, val_tokens=524_288, val_tokens_needed=524_288,
-        evaluations=100, checkpoints=20, log_tensors="ln", arms="fixed,ramp,gns", seeds="1-3", speed=555e3,
+        evaluations=100, checkpoints=20, log_tensors="ln", arms="fixed,ramp,gns", seeds="1-3", speed=595e3,
         machine="one H200",
     ),
 }  # fmt: skip

@@ -414,6 +414,19 @@ def test_progress() -> None:
     require("\r\x1b[Kall 1 runs are done" in shown, repr(shown))
 
 
+def test_reader_gone() -> None:
+    """What `chinchilla.py ... | head -1` leaves: all runs, and nothing said of a broken pipe."""
+    words = [sys.executable, str(ROOT / "scripts/chinchilla.py"), *SMALL_RUN, "--trainer", "./fake", "--out", "e"]
+    for more in ([], ["--dry-run"]):
+        program = subprocess.Popen([*words, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert program.stdout and program.stderr
+        program.stdout.readline()
+        program.stdout.close()
+        said = program.stderr.read()
+        require(program.wait() == 0 and not said, f"status {program.returncode}: {said}")
+    require_equal(len(calls()), 6, "runs")
+
+
 def test_real_trainer() -> None:
     """What has to be equal across arms is equal, and a replay repeats its original: a closed loop that asks for a
     multiple of the noise scale, so that it moves in so short a run, and that is then put in the place of gns."""
@@ -462,6 +475,7 @@ TESTS: list[tuple[Callable[..., None], *tuple[str, ...]]] = [
     (test_kills,),
     (test_two_programs,),
     (test_progress,),
+    (test_reader_gone,),
     (test_real_trainer,),
     (test_wrong_usage, "invalid choice: 'huge'", "huge"),
     (test_wrong_usage, "the following arguments are required: size",),
