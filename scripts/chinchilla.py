@@ -5,8 +5,9 @@
     python3 scripts/chinchilla.py 111m --data 'TRAIN*.bin' VAL.bin      the recipe of arXiv 2411.00999, on OpenWebText
     python3 scripts/chinchilla.py 111m --arms all --dry-run             the plan as a table; trains and writes nothing
 
-Trains every arm with every seed, one run after the other. What is done is skipped, what was interrupted goes on from
-its checkpoint: after Ctrl-C, a kill or a power cut the same command continues. Needs the standard library only. Leaves
+Trains every arm with every seed, one run after the other, or with --gpus 0-7 one at a time on each of these GPUs. What
+is done is skipped, what was interrupted goes on from its checkpoint: after Ctrl-C, a kill or a power cut the same command
+continues. Needs the standard library only. Leaves
 
     EXPERIMENT/plan.json           what was planned: budget, shape, data, seeds, arms with all of the trainer's options
     EXPERIMENT/<arm>/seed<k>/      the trainer's folder of that run (log.csv, config.json, checkpoints/), output.txt,
@@ -14,7 +15,7 @@ its checkpoint: after Ctrl-C, a kill or a power cut the same command continues. 
 
 A run is done when the last row of its log.csv has reached the arm's budget and a checkpoint is there. To share a plan
 between machines, give each the same command with --only 1/2 and --only 2/2, and copy the run folders into one: that is
-all there is to collecting. Another program in the same folder (for a second GPU) takes the runs that nobody is at.
+all there is to collecting. Another program in the same folder takes the runs that nobody is at.
 
 The same in all arms of one seed: initial weights and order of the training data (--seed), the validation tokens, the
 micro-batch, and the learning rate as a function of tokens: warm-up, then linear decay to 10%, neither rescaled with the
@@ -63,6 +64,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -84,6 +86,7 @@ from chinchilla_plan import (
     load_plan,
     make_plan,
     merge_plans,
+    parse_numbers,
     to_arguments,
 )
 
@@ -297,50 +300,52 @@ class Progress:
         self.experiment, self.runs = experiment, runs
         self.terminal = sys.stdout.isatty()
         self.every = 1.0 if self.terminal else every
-        self.tokens: dict[Run, int] = {}
-        self.trained, self.seconds = 0, 0.0  # by this program in its earlier runs
-        self.from_tokens, self.started, self.shown = 0, 0.0, 0.0  # the run at hand
+        self.began = self.shown = 0.0  # when the first run began; when the line was last shown
+        self.trained = 0  # tokens, by this program in runs that have ended
+        self.at_hand: dict[Run, int] = {}  # with the tokens that each began from
 
-    def positions(self) -> dict[Run, int]:
-        return {run: read_position(self.experiment.folder(run)).tokens for run in self.runs}
+    def tokens(self, run: Run) -> int:
+        return read_position(self.experiment.folder(run)).tokens
 
     def say(self, text: str) -> None:
         write(f"\r\x1b[K{text}" if self.terminal else text)
 
     def start(self, run: Run) -> None:
-        self.tokens = self.positions()
-        self.from_tokens = self.tokens[run]
-        self.started = time.monotonic()
-        self.shown = self.started - self.every + 1  # its first line comes after a second
+        now = time.monotonic()
+        self.at_hand[run] = self.tokens(run)
+        self.began = self.began or now
+        self.shown = max(self.shown, now - self.every + 1)  # its first line comes after a second
 
-    def line(self, run: Run, position: Position) -> str:
-        self.tokens[run] = position.tokens
-        budgets = {r: self.experiment.budget(r) for r in self.runs}
-        planned, done = sum(budgets.values()), sum(min(self.tokens[r], budgets[r]) for r in self.runs)
-        trained = self.trained + max(0, position.tokens - self.from_tokens)
-        speed = trained / (self.seconds + time.monotonic() - self.started)
+    def here(self, run: Run, position: Position) -> str:
+        share = min(100, 100 * position.tokens / self.experiment.budget(run))
+        state = f"{share:.1f}% loss {position.train_loss:.4f}" if position.tokens else "starts"
+        return f"{self.runs.index(run) + 1}/{len(self.runs)} {run} {state}"
+
+    def line(self) -> str:
+        positions = {run: read_position(self.experiment.folder(run)) for run in self.runs}
+        at_hand = dict(self.at_hand)
+        budgets = {run: self.experiment.budget(run) for run in self.runs}
+        planned, done = sum(budgets.values()), sum(min(positions[run].tokens, budgets[run]) for run in self.runs)
+        trained = self.trained + sum(max(0, positions[run].tokens - start) for run, start in at_hand.items())
+        speed = trained / max(1e-9, time.monotonic() - self.began)
         eta = format_duration((planned - done) / speed) if speed > 0 else "--"
-        here = f"{min(100, 100 * position.tokens / budgets[run]):.1f}% loss {position.train_loss:.4f}"
         total = f"all {100 * done / planned:.1f}% of {format_count(planned)} tokens"
-        number = f"{self.runs.index(run) + 1}/{len(self.runs)}"
-        state = here if position.tokens else "starts"
-        return f"{number} {run} {state} | {total} | {format_count(speed)} tok/s | ETA {eta}"
+        here = ", ".join(self.here(run, positions[run]) for run in at_hand)
+        return f"{here} | {total} | {format_count(speed)} tok/s | ETA {eta}"
 
-    def tick(self, run: Run) -> None:
+    def tick(self) -> None:
         now = time.monotonic()
         if now - self.shown < self.every:
             return
         self.shown = now
-        text = self.line(run, read_position(self.experiment.folder(run)))
+        text = self.line()
         if self.terminal:
             write(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="")
         else:
             write(text)
 
     def finish(self, run: Run) -> None:
-        self.tokens = self.positions()
-        self.trained += max(0, self.tokens[run] - self.from_tokens)
-        self.seconds += time.monotonic() - self.started
+        self.trained += max(0, self.tokens(run) - self.at_hand.pop(run))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -348,25 +353,28 @@ class Progress:
 
 
 class Stop:
-    """SIGINT, SIGTERM or SIGHUP: the first asks the trainer to save and end, and us to train nothing more; a second one
-    ends the trainer at once. The trainer has a session of its own, so that Ctrl-C reaches it through us, and once."""
+    """SIGINT, SIGTERM or SIGHUP: the first asks the trainers to save and end, and us to train nothing more; a second
+    one ends them at once. A trainer has a session of its own, so that Ctrl-C reaches it through us, and once."""
 
     def __init__(self) -> None:
         self.requested = False
-        self.trainer: subprocess.Popen[bytes] | None = None
+        self.trainers: list[subprocess.Popen[bytes]] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self.handle)
 
     def handle(self, _number: int, _frame: FrameType | None) -> None:
         self.requested = True
-        if self.trainer is not None:
-            self.trainer.send_signal(signal.SIGINT)
-
-    def watch(self, trainer: subprocess.Popen[bytes] | None) -> None:
-        self.trainer = trainer
-        if trainer is not None and self.requested:
+        for trainer in list(self.trainers):
             trainer.send_signal(signal.SIGINT)
+
+    @contextlib.contextmanager
+    def watch(self, trainer: subprocess.Popen[bytes]) -> Iterator[None]:
+        self.trainers.append(trainer)
+        if self.requested:
+            trainer.send_signal(signal.SIGINT)
+        yield
+        self.trainers.remove(trainer)
 
 
 @dataclass
@@ -377,12 +385,17 @@ class Session:
     runs: list[Run]
     progress: Progress
     stop: Stop
+    gpus: list[int]  # each has a run at a time; none: one run at a time, on the GPU that the trainer chooses
     failed: set[Run] = field(default_factory=set)
     waiting: dict[Run, str] = field(default_factory=dict)  # for other runs, or for a trainer that is not ours
+    changed: threading.Condition = field(default_factory=threading.Condition)  # guards the two below
+    active: set[Run] = field(default_factory=set)
+    tried: set[Run] = field(default_factory=set)  # in vain, since a run was last finished
 
-    def train(self, run: Run, lock: int) -> str | None:
+    def train(self, run: Run, lock: int, gpu: int | None) -> str | None:
         """Trains the run to its end, or until we are stopped; what went wrong, or None."""
         log = self.experiment.folder(run) / "output.txt"
+        environment = os.environ if gpu is None else os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
         with open(log, "ab") as output:
             trainer = subprocess.Popen(
                 self.experiment.command(run),
@@ -391,15 +404,15 @@ class Session:
                 stderr=output,
                 pass_fds=[lock],
                 start_new_session=True,
+                env=environment,
             )
-        self.stop.watch(trainer)
-        write_owner(lock, trainer.pid)
-        self.progress.start(run)
-        while trainer.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                trainer.wait(timeout=0.5)
-            self.progress.tick(run)
-        self.stop.watch(None)
+        with self.stop.watch(trainer):
+            write_owner(lock, trainer.pid)
+            self.progress.start(run)
+            while trainer.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    trainer.wait(timeout=0.5)
+                self.progress.tick()
         self.progress.finish(run)
         status = trainer.returncode
         if self.experiment.is_done(run) or (self.stop.requested and status <= 0):
@@ -407,7 +420,7 @@ class Session:
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status} before its budget"
         return f"the trainer {how}; its last line in {log}: {last_line(log.read_text(errors='replace'))}"
 
-    def attempt(self, run: Run) -> bool:
+    def attempt(self, run: Run, gpu: int | None) -> bool:
         """Trains the run if it can be trained now; is it done now, and was not before?"""
         missing = [str(need) for need in self.experiment.needs(run) if not self.experiment.is_done(need)]
         if missing:
@@ -421,7 +434,7 @@ class Session:
                     return False
                 write_owner(lock, os.getpid())
                 self.experiment.prepare(run)
-                problem = self.train(run, lock)
+                problem = self.train(run, lock, gpu)
         except BlockingIOError:
             owner = (folder / "lock").read_text().strip()
             self.waiting[run] = f"process {owner} is training it; wait, or stop it with kill {owner}: it saves first"
@@ -436,14 +449,38 @@ class Session:
             self.progress.say(f"{run} done: {self.experiment.plan.arm(run.arm).title}; validation loss {loss:.4f}")
         return self.experiment.is_done(run)
 
-    def train_all(self) -> None:
+    def next_run(self) -> Run | None:
+        """One that nobody here is at; None if there is no more that a run of ours, once finished, could not change."""
+        with self.changed:
+            while not self.stop.requested:
+                out = self.failed | self.active | self.tried
+                if run := next((run for run in self.left() if run not in out), None):
+                    self.active.add(run)
+                    return run
+                if not self.active:
+                    return None
+                self.changed.wait(0.5)
+        return None
+
+    def work(self, gpu: int | None) -> None:
         """Goes through the runs until no more can be finished: one may be what another waits for."""
-        finished = True
-        while finished and not self.stop.requested:
+        while run := self.next_run():
             finished = False
-            for run in self.left():
-                if not self.stop.requested and run not in self.failed:
-                    finished = self.attempt(run) or finished
+            try:
+                finished = self.attempt(run, gpu)
+            finally:
+                with self.changed:
+                    self.active.remove(run)
+                    self.tried = set() if finished else self.tried | {run}
+                    self.changed.notify_all()
+
+    def train_all(self) -> None:
+        """A thread for each GPU; this one handles the signals."""
+        threads = [threading.Thread(target=self.work, args=(gpu,)) for gpu in self.gpus or [None]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     def left(self) -> list[Run]:
         return [run for run in self.runs if not self.experiment.is_done(run)]
@@ -529,6 +566,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="FACTORS",
         help=f"also each arm at its peak learning rate times these; {SWEEP} if none are given",
     )
+    add("--gpus", metavar="LIST", help="such as 0-7: GPUs of this machine, each of which has a run at a time")
     add("--only", default="1/1", metavar="I/N", help="every N-th run, from the I-th on: one plan for N machines")
     add(
         "--trainer",
@@ -555,6 +593,7 @@ def parse_share(text: str) -> slice:
 def run_command(argv: list[str]) -> int:
     args = parse_arguments(argv)
     share, trainer, path = parse_share(args.only), find_trainer(args.trainer), args.out / "plan.json"
+    gpus = parse_numbers(args.gpus, "--gpus") if args.gpus else []
     if args.dry_run:
         known = load_plan(path)
         asked = make_plan(args, trainer, known)
@@ -568,7 +607,7 @@ def run_command(argv: list[str]) -> int:
         experiment = Experiment(args.out, merge_plans(known, asked, trainer), trainer)
         experiment.plan.save(path)
     runs = planned_runs(asked)[share]
-    session = Session(experiment, runs, Progress(experiment, runs, args.progress_every), Stop())
+    session = Session(experiment, runs, Progress(experiment, runs, args.progress_every), Stop(), gpus)
     session.progress.say(f"{len(runs)} runs, {len(runs) - len(session.left())} done, by {trainer}, in {args.out}")
     session.train_all()
     return session.report()

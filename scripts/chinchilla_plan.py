@@ -373,14 +373,14 @@ def load_plan(path: Path) -> Plan | None:
         raise Mistake(f"'{path}' is not a plan that this program wrote ({error!r}); choose another --out") from None
 
 
-def parse_seeds(text: str) -> list[int]:
-    seeds: set[int] = set()
+def parse_numbers(text: str, option: str) -> list[int]:
+    numbers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise Mistake(f"--seeds '{text}': expected numbers and ranges, such as 1-5 or 1,3")
-        seeds.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return sorted(seeds)
+            raise Mistake(f"{option} '{text}': expected numbers and ranges, such as 1-5 or 1,3")
+        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(numbers)
 
 
 def arm_names(args: argparse.Namespace, size: Size, table: ArmTable) -> list[str]:
@@ -411,7 +411,7 @@ def make_plan(args: argparse.Namespace, trainer: Path, known: Plan | None) -> Pl
     if clash := [name for name in own if name in table.built_in]:
         raise Mistake(f"--arm '{clash[0]}=...': there is an arm of that name; choose another")
     arms = [table.make(name) for name in arm_names(args, size, table)]
-    seeds = parse_seeds(args.seeds or size.seeds)
+    seeds = parse_numbers(args.seeds or size.seeds, "--seeds")
     return Plan(
         SCHEMA,
         args.size,

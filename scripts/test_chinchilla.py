@@ -45,8 +45,13 @@ if "--dry-run" in words:
 o = dict(zip(words[::2], words[1::2]))
 out = Path(o["--out"])
 name = "/".join(out.parts[-2:])
-with open(out.parent.parent / "calls.txt", "a") as calls:
-    print(name, file=calls)
+def note(file, *text):
+    with open(out.parent.parent / file, "a") as notes:
+        print(*text, file=notes)
+
+note("calls.txt", name)
+gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+note("gpus.txt", gpu, "begins", name)
 if name in os.environ.get("FAKE_FAIL", "").split():
     sys.exit("error: the disk of " + name + " is full")
 stopped = []
@@ -83,6 +88,7 @@ with open(log, "a", buffering=1) as file:
             save()
         time.sleep(float(os.environ.get("FAKE_DELAY", "0")))
 save()
+note("gpus.txt", gpu, "ends", name)
 print("finished" if tokens >= budget else "stopped")
 """
 
@@ -212,7 +218,7 @@ def test_position() -> None:
 
 
 def test_numbers() -> None:
-    require_equal(chinchilla_plan.parse_seeds("1-3,7,2"), [1, 2, 3, 7], "seeds")
+    require_equal(chinchilla_plan.parse_numbers("1-3,7,2", "--seeds"), [1, 2, 3, 7], "seeds")
     for text, count in (("250", 250), ("2_000", 2000), ("1.5M", 1_500_000), ("2B", 2_000_000_000)):
         require_equal(chinchilla_plan.parse_count(text, "--budget"), count, text)
     for x, text in ((0, "0"), (999, "999"), (1234, "1.23K"), (45.6e6, "45.6M"), (2.22e9, "2.22B"), (1e13, "10000B")):
@@ -394,6 +400,36 @@ def test_two_programs() -> None:
     require_equal(calls(), ["fixed/seed1", "fixed/seed2", "fixed/seed1"], "runs")
 
 
+def test_gpus() -> None:
+    """One run on each GPU at a time, those that are made from others after them; Ctrl-C saves all that are at work."""
+    arms = "fixed,ramp,gns,replay,fitted"
+    options = [*SMALL_RUN, "--arms", arms, "--gpus", "0,2-3"]
+    program = start(*options, FAKE_DELAY="0.05")
+    wait_for(lambda: sum(map(is_held, Path("e").glob("*/*/lock"))) == 3, "three runs at once")
+    wait_for(lambda: chinchilla.read_position(Path("e/gns/seed1")).tokens > 0, "the third one's first step")
+    program.send_signal(signal.SIGINT)
+    said, _ = program.communicate()
+    require(program.returncode == 130 and "10 of 10 runs left" in said, said)
+    require(
+        all(Path(f"e/{run}/checkpoints/latest").exists() for run in ("fixed/seed1", "ramp/seed1", "gns/seed1")), said
+    )
+    said = require_run(0, *options, FAKE_DELAY="0.02")
+    require(
+        re.search(r"\d/10 \S+ [\d.]+% loss [\d.]+, \d/10 \S+ .* \| all [\d.]+% of .* \| ETA \d+s", said) is not None,
+        said,
+    )
+    require_equal(sorted(calls()[3:]), sorted(f"{a}/seed{n}" for a in arms.split(",") for n in (1, 2)), "runs")
+    at_work: dict[str, str] = {}
+    used = set()
+    for gpu, event, name in (line.split() for line in Path("e/gpus.txt").read_text().splitlines()):
+        expected = None if event == "begins" else name
+        require_equal(at_work.pop(gpu, None), expected, f"what GPU {gpu} is at when {name} {event}")
+        if event == "begins":
+            used.add(gpu)
+            at_work[gpu] = name
+    require_equal(used, {"0", "2", "3"}, "GPUs")
+
+
 def test_progress() -> None:
     """Lines in a file; one line, refreshed and cut to the width, on a terminal."""
     said = require_run(0, *SMALL_RUN, "--arms", "fixed", "--seeds", "1-2", FAKE_DELAY="0.02")
@@ -474,6 +510,7 @@ TESTS: list[tuple[Callable[..., None], *tuple[str, ...]]] = [
     (test_ctrl_c,),
     (test_kills,),
     (test_two_programs,),
+    (test_gpus,),
     (test_progress,),
     (test_reader_gone,),
     (test_real_trainer,),
@@ -489,6 +526,7 @@ TESTS: list[tuple[Callable[..., None], *tuple[str, ...]]] = [
     (test_wrong_usage, "each --name with its value", "tiny", "--arm", "loop=gns --gns-power"),
     (test_wrong_usage, "was refused: error: unknown option '--gns-pover'", "tiny", "--arm", "a=gns --gns-pover 1"),
     (test_wrong_usage, "expected numbers and ranges", "tiny", "--seeds", "3-1"),
+    (test_wrong_usage, "--gpus 'all': expected numbers and ranges", "tiny", "--gpus", "all"),
     (test_wrong_usage, "expected factors", "tiny", "--lr-sweep", "2x"),
     (test_wrong_usage, "this machine's number and how many", "tiny", "--only", "3/2"),
     (test_wrong_usage, "--budget '5X': expected a number", "tiny", "--budget", "5X"),
