@@ -385,7 +385,7 @@ class Session:
     runs: list[Run]
     progress: Progress
     stop: Stop
-    gpus: list[int]  # each has a run at a time; none: one run at a time, on the GPU that the trainer chooses
+    gpus: list[int | None]  # each has a run at a time; None: the one that the trainer takes
     failed: set[Run] = field(default_factory=set)
     waiting: dict[Run, str] = field(default_factory=dict)  # for other runs, or for a trainer that is not ours
     changed: threading.Condition = field(default_factory=threading.Condition)  # guards the two below
@@ -476,7 +476,7 @@ class Session:
 
     def train_all(self) -> None:
         """A thread for each GPU; this one handles the signals."""
-        threads = [threading.Thread(target=self.work, args=(gpu,)) for gpu in self.gpus or [None]]
+        threads = [threading.Thread(target=self.work, args=(gpu,)) for gpu in self.gpus]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -593,7 +593,7 @@ def parse_share(text: str) -> slice:
 def run_command(argv: list[str]) -> int:
     args = parse_arguments(argv)
     share, trainer, path = parse_share(args.only), find_trainer(args.trainer), args.out / "plan.json"
-    gpus = parse_numbers(args.gpus, "--gpus") if args.gpus else []
+    gpus: list[int | None] = [*parse_numbers(args.gpus, "--gpus")] if args.gpus else [None]
     if args.dry_run:
         known = load_plan(path)
         asked = make_plan(args, trainer, known)
