@@ -110,7 +110,7 @@ static void hush(bool on) {
 }
 
 // With room for all examples of a step in one micro-batch. Weights are zero.
-static Model* model_open(BackendOpen open, const Shape* s, int recompute) {
+static Model* model_open(BackendOpen open, const Shape* s, int recompute, bool tf32 = false) {
     Model* m = new Model();
     GPTConfig config = config_of_shape(s->L, s->NH, s->C, s->max_T, s->V);
     config.gelu = s->gelu;
@@ -123,6 +123,7 @@ static Model* model_open(BackendOpen open, const Shape* s, int recompute) {
     }
     BackendOptions options = backend_options(examples_of(s->micros), s->max_T);
     options.recompute = recompute;
+    options.tf32 = tf32;
     hush(true);
     open(&m->backend, &config, &options);
     hush(false);
@@ -258,6 +259,29 @@ static Found measure(Model* m, const Batch& batch, int first, const int* micros,
     return Found{m->stats.loss, m->stats.grad_norm, m->sq_sum, m->sum_sq, get_all(m, TENSOR_GRAD)};
 }
 
+// (B, T) losses of the first tokens of B examples, from `first` on.
+static Floats losses_of(Model* m, const Batch& batch, int first, int B, int T) {
+    std::vector<int> tokens, targets;
+    for (int b = first; b < first + B; b++) {
+        const auto begin = b * batch.T, end = begin + T;
+        tokens.insert(tokens.end(), batch.tokens.begin() + begin, batch.tokens.begin() + end);
+        targets.insert(targets.end(), batch.targets.begin() + begin, batch.targets.begin() + end);
+    }
+    Floats losses(tokens.size(), NAN);
+    m->backend.eval(m->backend.self, tokens.data(), targets.data(), B, T, losses.data());
+    return losses;
+}
+
+// The largest |x_i - y_i|; NaN if there is one.
+static double worst_error(const Floats& x, const Floats& y) {
+    double worst = x.size() == y.size() ? 0 : NAN;
+    for (size_t i = 0; i < x.size() && i < y.size(); i++) {
+        const double error = fabs((double)x[i] - (double)y[i]);
+        worst = error > worst || isnan(error) ? error : worst;
+    }
+    return worst;
+}
+
 // Bounds of relative errors: of the loss, of a tensor's gradient and its direction (1 - cosine) and length, of a norm
 // sum_b |g_b|^2.
 typedef struct {
@@ -272,6 +296,10 @@ static double relative_error(const float* x, const float* y, size_t n) {
         norm += (double)y[i] * (double)y[i];
     }
     return sqrt(norm > 0 ? error / norm : error);
+}
+
+static bool same_floats(const Floats& x, const Floats& y) {
+    return x.size() == y.size() && memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0;
 }
 
 static double dot(const float* x, const float* y, size_t n) {
@@ -355,6 +383,38 @@ static void test_odd_shapes() {
     for (const Shape& s : shapes) { check_against_cpu(&s, t); }
 }
 
+#if defined LLMC_CUDA_COMMON_CUH && defined PRECISION_FP32 // not with a CPU model in its place
+
+// --tf32: operands of products lose up to 2^-10 = 0.1% of themselves, most of them downwards, so that the errors of the
+// products that a gradient has come through add up: 1% for two blocks. A key's bias has no gradient but rounding: see below.
+static void test_tf32() {
+    const Shape s = {"TF32", 2, 2, 128, 128, 500, 128, {4, 4}, GELU_ERF, 0, false};
+    Model *plain = model_open_drawn(DEVICE_OPEN, &s), *cpu = model_open_drawn(cpu_open_double, &s),
+          *device = model_open(DEVICE_OPEN, &s, RECOMPUTE_AUTO, true);
+    draw_weights(device, &s);
+    const Batch batch = batch_of(&s);
+    Found found = measure(device, batch, 0, s.micros, GNS_OFF), expected = measure(cpu, batch, 0, s.micros, GNS_OFF);
+    CHECK(!same_floats(found.gradient, measure(plain, batch, 0, s.micros, GNS_OFF).gradient)); // else it is not on
+    check_error(relative(found.loss, expected.loss), 1e-2, "TF32: loss");
+    check_error(relative(found.grad_norm, expected.grad_norm), 1e-2, "TF32: gradient norm");
+    for (int i = 0; i < device->table.num_tensors; i++) {
+        int r, layer;
+        char tensor[128];
+        tensor_at(&device->table, i, &r, &layer);
+        tensor_name(&device->table, r, layer, tensor, sizeof tensor);
+        const size_t at = param_offset(&device->table, r, layer), C = (size_t)s.C;
+        float *gx = found.gradient.data() + at, *gy = expected.gradient.data() + at;
+        if (r == QKVB) {
+            std::fill(gx + C, gx + 2 * C, 0.0f);
+            std::fill(gy + C, gy + 2 * C, 0.0f);
+        }
+        check_error(relative_error(gx, gy, device->table.row[r].size), 1e-2, "TF32: gradient of %s", tensor);
+    }
+    for (Model* m : {plain, cpu, device}) { model_close(m); }
+}
+
+#endif
+
 // A key's bias adds the same to all scores of a query: its gradient is zero, and what is found is rounding, small beside the
 // gradients of the other two thirds.
 static void test_key_bias_has_no_gradient() {
@@ -426,7 +486,7 @@ static void test_one_by_one() {
 }
 
 // The head takes a micro-batch in parts where its logits are too many for one, and per-example gradients come in groups: no
-// sum depends on it.
+// sum depends on it. Without the latter a part's product adds to what the one before left in wte's gradient.
 static void test_parts() {
     const Shape shapes[] = {
         {"logits of 2 GiB and more", 1, 1, 16, 1024, 65536, 1024, {16}, GELU_TANH, 0, false},
@@ -437,8 +497,20 @@ static void test_parts() {
         const Shape* s = &shapes[i];
         Model* m = model_open_drawn(DEVICE_OPEN, s);
         const Batch batch = batch_of(s);
-        const Found expected = measure(m, batch, 0, splits[i], GNS_ALL);
-        compare(s->name, &m->table, measure(m, batch, 0, s->micros, GNS_ALL), expected, same_but_rounding());
+        for (const int gns : {GNS_ALL, GNS_LN}) {
+            char name[128];
+            snprintf(name, sizeof name, "%s, gns %s", s->name, gns == GNS_LN ? "ln" : "all");
+            const Found expected = measure(m, batch, 0, splits[i], gns);
+            compare(name, &m->table, measure(m, batch, 0, s->micros, gns), expected, same_but_rounding());
+        }
+        Floats whole; // of micro-batches whose logits are in memory at once
+        for (int k = 0, first = 0; splits[i][k] > 0; first += splits[i][k++]) {
+            const Floats losses = losses_of(m, batch, first, splits[i][k], s->T);
+            whole.insert(whole.end(), losses.begin(), losses.end());
+        }
+        const Floats parts = losses_of(m, batch, 0, examples_of(s->micros), s->T);
+        // As beside the CPU: what a token's logits err by.
+        check_error(worst_error(parts, whole), bound(1e-5, 5e-2), "%s: worst loss of a token", s->name);
         model_close(m);
     }
 }
@@ -507,10 +579,6 @@ static State get_state(const Model* m) {
 
 static void set_tensors(Model* m, const State& s) {
     for (int i = 0; i < 3; i++) { set_all(m, state_kinds[i], s.tensors[i]); }
-}
-
-static bool same_floats(const Floats& x, const Floats& y) {
-    return x.size() == y.size() && memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0;
 }
 
 static bool same_tensors(const State& x, const State& y) {
@@ -761,19 +829,6 @@ static void test_padding() {
 // ---------------------------------------------------------------------------------------------------------------------
 // 5. Evaluation
 
-// (B, T) losses of the batch's first examples and tokens.
-static Floats losses_of(Model* m, const Batch& batch, int B, int T) {
-    std::vector<int> tokens, targets;
-    for (int b = 0; b < B; b++) {
-        const auto begin = b * batch.T, end = begin + T;
-        tokens.insert(tokens.end(), batch.tokens.begin() + begin, batch.tokens.begin() + end);
-        targets.insert(targets.end(), batch.targets.begin() + begin, batch.targets.begin() + end);
-    }
-    Floats losses(tokens.size(), NAN);
-    m->backend.eval(m->backend.self, tokens.data(), targets.data(), B, T, losses.data());
-    return losses;
-}
-
 static void test_evaluation() {
     const Shape s = {"evaluation", 3, 2, 128, 100, 257, 90, {5}, GELU_ERF, 2, true};
     const int sizes[][2] = {{5, 90}, {3, 90}, {5, 17}, {1, 90}, {1, 1}, {2, 64}};
@@ -781,21 +836,18 @@ static void test_evaluation() {
     Batch batch = batch_of(&s);
     for (const int i : {0, 16, 100, 101, 180}) { batch.targets[(size_t)i] = -1; }
     double sum = 0;
-    for (const float loss : losses_of(device, batch, 5, 90)) { sum += (double)loss / (5 * 90); }
+    for (const float loss : losses_of(device, batch, 0, 5, 90)) { sum += (double)loss / (5 * 90); }
     const double trained = measure(device, batch, 0, s.micros, GNS_OFF).loss;
     check_error(relative(sum, trained), bound(1e-6, 1e-3), "evaluation beside training");
     for (const int* size : sizes) {
         const int B = size[0], T = size[1];
-        const Floats found = losses_of(device, batch, B, T), expected = losses_of(cpu, batch, B, T);
-        double worst = 0;
+        const Floats found = losses_of(device, batch, 0, B, T), expected = losses_of(cpu, batch, 0, B, T);
         for (int i = 0; i < B * T; i++) {
-            const double error = fabs((double)found[(size_t)i] - (double)expected[(size_t)i]);
-            worst = error > worst || isnan(error) ? error : worst;
             const bool ignored = batch.targets[(size_t)(i / T * 90 + i % T)] == -1;
             if (ignored != (found[(size_t)i] == 0)) { CHECK(ignored == (found[(size_t)i] == 0)); }
         }
         // A token's logits err by bf16's 2^-9, a few times over, of their size, about 1.
-        check_error(worst, bound(1e-5, 5e-2), "worst loss of a token, B %d, T %d", B, T);
+        check_error(worst_error(found, expected), bound(1e-5, 5e-2), "worst loss of a token, B %d, T %d", B, T);
         Floats logits((size_t)s.V), wanted((size_t)s.V);
         device->backend.logits(device->backend.self, batch.tokens.data(), T, logits.data());
         cpu->backend.logits(cpu->backend.self, batch.tokens.data(), T, wanted.data());
@@ -907,6 +959,9 @@ static void test_change_of_trainer() {
 int main(void) {
     RUN_AND_SAY(test_against_cpu);
     RUN_AND_SAY(test_odd_shapes);
+#if defined LLMC_CUDA_COMMON_CUH && defined PRECISION_FP32
+    RUN_AND_SAY(test_tf32);
+#endif
     RUN_AND_SAY(test_key_bias_has_no_gradient);
     RUN_AND_SAY(test_one_by_one);
     RUN_AND_SAY(test_parts);

@@ -24,8 +24,6 @@ typedef struct {
     float scale;
 } AttentionInput;
 
-#define ATTENTION_LOG2E 1.4426950408889634f
-
 // The block of threads' head: q, k and v from here on are (T, HS).
 template <int HS> __device__ __forceinline__ AttentionInput attention_head(AttentionInput in, int bh) {
     const size_t rows = (size_t)(bh / in.NH) * in.T;

@@ -62,7 +62,7 @@ __global__ __launch_bounds__(256, 2) void attention_forward_kernel(float* out, f
     in = attention_head<HS>(in, bh);
     load_tile<HS>(q_tile, in.q, in.qk_stride, q0, T);
     float acc[HS / 8] = {}, top = -INFINITY, sum = 0;
-    const float c = in.scale * ATTENTION_LOG2E;
+    const float c = in.scale * LOG2E;
     for (int k0 = 0; k0 <= q0; k0 += TILE) {
         __syncthreads();
         load_tile<HS>(k_tile, in.k, in.qk_stride, k0, T);
@@ -89,7 +89,7 @@ __global__ __launch_bounds__(256, 2) void attention_forward_kernel(float* out, f
     if (query >= T) { return; }
     const size_t stride = (size_t)in.NH * HS;
     store_row<HS>(out + ((size_t)(bh / in.NH) * T + query) * stride + bh % in.NH * HS, acc, 1 / sum);
-    if (threadIdx.x % 8 == 0) { lse[(size_t)bh * T + query] = top / ATTENTION_LOG2E + logf(sum); }
+    if (threadIdx.x % 8 == 0) { lse[(size_t)bh * T + query] = top / LOG2E + logf(sum); }
 }
 
 // One text for two kernels (attention_hopper_backward.cuh has the formulas): with KEYS the rows of the scores are keys and the
@@ -113,13 +113,13 @@ __global__ __launch_bounds__(256, 2) void attention_backward_kernel(float* dqkv,
         load_tile<HS>(do_tile, dout + token * C + head, C, first, T);
         if (threadIdx.x < TILE) {
             const int t = first + threadIdx.x;
-            tile_lse[threadIdx.x] = t < T ? lse[(size_t)bh * T + t] * ATTENTION_LOG2E : 0;
+            tile_lse[threadIdx.x] = t < T ? lse[(size_t)bh * T + t] * LOG2E : 0;
             tile_delta[threadIdx.x] = t < T ? delta[(size_t)bh * T + t] : 0;
         }
     };
     load(KEYS, row0);
     float da[HS / 8] = {}, db[HS / 8] = {}; // dk, dv or dq, nothing
-    const float c = in.scale * ATTENTION_LOG2E;
+    const float c = in.scale * LOG2E;
     for (int column0 = KEYS ? row0 : 0; column0 < (KEYS ? T : row0 + TILE); column0 += TILE) {
         __syncthreads();
         load(!KEYS, column0);

@@ -288,8 +288,7 @@ __device__ __forceinline__ void forward_compute(ForwardShared<Shape>& shared, fl
         if (diagonal >= 0) {
             float o[Shape::HS / 2];
             ForwardRows r = {{-INFINITY, -INFINITY}, {0, 0}};
-            forward_tiles<Shape>(o, r, shared, shared.q[buffer.at][warpgroup], at, at, diagonal,
-                                 scale * ATTENTION_LOG2E);
+            forward_tiles<Shape>(o, r, shared, shared.q[buffer.at][warpgroup], at, at, diagonal, scale * LOG2E);
             forward_store<Shape>(out, lse, o, r, rows.bh, diagonal * FORWARD_TILE, T, NH, scale);
         }
         warp_arrive(&shared.q_empty[buffer.at]);

@@ -48,7 +48,7 @@ __global__ __launch_bounds__(4 * BACKWARD_TILE) void attention_backward_hopper_s
     const float delta = quad_dot(dout + at, out + at, HS, valid);
     if (threadIdx.x % 4 == 0) {
         float* record = statistics + (head * tiles + tile) * BACKWARD_RECORD + row;
-        record[0] = valid ? lse[head * T + t] * ATTENTION_LOG2E : INFINITY;
+        record[0] = valid ? lse[head * T + t] * LOG2E : INFINITY;
         record[BACKWARD_TILE] = delta;
     }
 }
@@ -286,7 +286,7 @@ __device__ __forceinline__ void backward_compute(BackwardShared<Shape>& shared, 
     RingPlace<Shape::ROW_BUFFERS> buffer = {0, 0};
     BackwardRows<Shape> r;
     r.stage = {0, 0};
-    r.c = scale * ATTENTION_LOG2E;
+    r.c = scale * LOG2E;
     for_each_block_of_rows<Shape>(T, heads, [&](int bh, int block, int begin, int end) {
         const int tiles = div_up(T, (int)BACKWARD_TILE), diagonal = block * Shape::WARPGROUPS + warpgroup;
         const int own_begin = Shape::KEYS ? min(diagonal, end) : 0;

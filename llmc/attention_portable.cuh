@@ -364,7 +364,7 @@ __global__ __launch_bounds__(128, 2) void attention_forward_kernel(floatX* out, 
         top[m][0] = top[m][1] = -INFINITY;
         sum[m][0] = sum[m][1] = 0;
     }
-    const float c = in.scale * ATTENTION_LOG2E;
+    const float c = in.scale * LOG2E;
     walk_tiles<TILE>(0, min(rows.start + Block::ROWS, T), load_keys, [&](int k0) {
         if (first >= T || k0 >= first + MT * 16) { return; }
         const floatX* k_tile = ring_stage<Block>(ring, k0);
@@ -434,8 +434,8 @@ backward_probabilities(float (&s)[MT][N / 8][4], float (&dp)[MT][N / 8][4], cons
             for (int half = 0; half < 2; half++) {
                 const float2 l = lse.get(m, n, half), d = delta.get(m, n, half);
                 float *p = &s[m][n][2 * half], *ds = &dp[m][n][2 * half];
-                p[0] = exp2_approx(fmaf(p[0], c, -l.x * ATTENTION_LOG2E));
-                p[1] = exp2_approx(fmaf(p[1], c, -l.y * ATTENTION_LOG2E));
+                p[0] = exp2_approx(fmaf(p[0], c, -l.x * LOG2E));
+                p[1] = exp2_approx(fmaf(p[1], c, -l.y * LOG2E));
                 ds[0] = p[0] * (ds[0] - d.x);
                 ds[1] = p[1] * (ds[1] - d.y);
             }
@@ -489,7 +489,7 @@ __global__ __launch_bounds__(128, 2) void attention_backward_kernel(floatX* dqkv
     float da[MT][HS / 8][4], db[MT][HS / 8][4]; // dk, dv or dq, nothing
     zero_rows<HS, MT>(da);
     zero_rows<HS, MT>(db);
-    const float c = in.scale * ATTENTION_LOG2E;
+    const float c = in.scale * LOG2E;
     walk_tiles<TILE>(begin, KEYS ? T : min(rows.start + ROWS, T), load_columns, [&](int column) {
         if (first >= T) { return; }
         // the columns of this tile that the warp's rows need

@@ -27,8 +27,7 @@ same inputs give the same bits. A NaN, or an infinity that leaves nothing to com
 enum { CLASSIFIER_THREADS = 512, CLASSIFIER_QUARTERS = 4, CLASSIFIER_FORWARD_THREADS = 256 };
 enum { CLASSIFIER_GATHER_THREADS = 256, CLASSIFIER_GATHER_ROWS = 8 };
 
-#define CLASSIFIER_LOG2E 1.44269504088896341f
-#define CLASSIFIER_LN2   0.693147180559945309f
+#define CLASSIFIER_LN2 0.693147180559945309f
 
 // Joins the columns at, at + 1, ... of a row, those below limit, to sum = sum of 2^(x log2(e) - top).
 __device__ __forceinline__ void classifier_add(const Vec16<floatX>& x, int at, int limit, float& top, float& sum) {
@@ -40,12 +39,12 @@ __device__ __forceinline__ void classifier_add(const Vec16<floatX>& x, int at, i
     }
     largest = f[0];
     for (int j = 1; j < W; j++) { largest = fmaxf(largest, f[j]); }
-    largest *= CLASSIFIER_LOG2E;
+    largest *= LOG2E;
     if (largest > top) {
         sum *= exp2_approx(top - largest);
         top = largest;
     }
-    for (int j = 0; j < W; j++) { sum += exp2_approx(fmaf(f[j], CLASSIFIER_LOG2E, -top)); }
+    for (int j = 0; j < W; j++) { sum += exp2_approx(fmaf(f[j], LOG2E, -top)); }
 }
 
 // From each thread's top and sum to the row's, in every thread. scratch: (2, 32) in shared memory. Between two calls with
@@ -58,7 +57,7 @@ __device__ __forceinline__ void classifier_join(float& top, float& sum, float (*
 
 // -log softmax at the target's logit, from the row's top and sum.
 __device__ __forceinline__ float classifier_loss(float at_target, float top, float sum) {
-    return CLASSIFIER_LN2 * (log2f(sum) - fmaf(at_target, CLASSIFIER_LOG2E, -top));
+    return CLASSIFIER_LN2 * (log2f(sum) - fmaf(at_target, LOG2E, -top));
 }
 
 // The gradient of the columns at, at + 1, ...: factor is scale / sum.
@@ -67,7 +66,7 @@ __device__ __forceinline__ Vec16<floatX> classifier_gradient(const Vec16<floatX>
     const int W = Vec16<floatX>::size;
     Vec16<floatX> out;
     float g[W];
-    for (int j = 0; j < W; j++) { g[j] = factor * exp2_approx(fmaf((float)x[j], CLASSIFIER_LOG2E, -top)); }
+    for (int j = 0; j < W; j++) { g[j] = factor * exp2_approx(fmaf((float)x[j], LOG2E, -top)); }
     if (target >= at && target < at + W) {
         for (int j = 0; j < W; j++) { g[j] -= at + j == target ? scale : 0.0f; }
     }

@@ -90,6 +90,8 @@ __device__ __forceinline__ void copies_wait(int pending) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Arithmetic
 
+#define LOG2E 1.4426950408889634f
+
 // 2^x within 2 ulp. What is below the smallest normal number becomes 0; infinity and NaN are kept.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;

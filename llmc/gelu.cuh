@@ -28,11 +28,10 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 
 // The value, and the derivative in *slope.
 template <int FORM> __device__ __forceinline__ float gelu_one(float x, float* slope) {
-    const float log2e = 1.44269504088896341f;
     const float x2 = x * x;
     if (FORM == GELU_ERF) {
         const float t = reciprocal_approx(1 + 0.36f * fabsf(x));
-        const float e = exp2_approx(-0.5f * log2e * x2);
+        const float e = exp2_approx(-0.5f * LOG2E * x2);
         float p = 0.04746522630778263f;
         p = p * t - 0.18116451298875108f;
         p = p * t + 0.18285982651580512f;
@@ -47,7 +46,7 @@ template <int FORM> __device__ __forceinline__ float gelu_one(float x, float* sl
         return x * phi;
     }
     const float a = 2 * 0.79788456080286535588f; // 2u = x (a + 0.044715 a x^2)
-    const float s = reciprocal_approx(1 + exp2_approx(x * (-log2e * a - log2e * 0.044715f * a * x2)));
+    const float s = reciprocal_approx(1 + exp2_approx(x * (-LOG2E * a - LOG2E * 0.044715f * a * x2)));
     *slope = s + x * (s - s * s) * (a + 3 * 0.044715f * a * x2);
     return x * s;
 }

@@ -18,14 +18,18 @@ floatX, and the backward product reads it again. Against passes of their own tha
 backward in bf16. The FP32 build is held to tolerances that leave no room for a fast tanh: there the caller uses passes
 of their own (see MATMUL_GELU).
 
-Which algorithm. The library's heuristics name up to eight for a shape. At the first use of a shape each runs on the
-call's own buffers (an output that is added to is left alone: the trials write to scratch memory), and the fastest is
-kept, but only among those that give the same bits as the first one named. So timing decides how fast a product is and
-never what it is: two runs of a program, or a run and its continuation, agree bit for bit although their clocks do not.
-Small outputs are not timed (the first one named is taken): they say too little about which algorithms add in the same
-order; so would operands that are all zero, which a first use should not see. Sums split over the inner dimension are
-allowed where the parts are fp32 and added by a separate step; reduction in place or in the output's type is not. First
-uses wait for the stream.
+Which algorithm. The library's heuristics name up to eight for a shape, its favourite first. At the first use of a shape
+the favourite is tried twice on the call's own buffers (an output that is added to is left alone: trials write to
+scratch memory) and taken if it repeats its bits, else the next one. Then all are timed, and the fastest is kept, but
+only among those that give the same bits. So timing decides how fast a product is and never what it is: two runs of a
+program, or a run and its continuation, agree bit for bit although their clocks do not.
+Timing a shape takes as long as some seventy products and gains a few per cent. A batch that moves brings twenty new
+shapes with each of its sizes, so only the first MATMUL_AT_ONCE are timed at once, later ones when they have been used
+MATMUL_PATIENCE times.
+Small outputs are not tried, the favourite is taken: they say too little about which algorithms add in the same order;
+so would operands that are all zero, which a first use should not see. Sums split over the inner dimension are allowed
+where the parts are fp32 and added by a separate step; reduction in place or in the output's type is not. Trials wait
+for the stream.
 
 Numerical contract: products of bf16 (of float in the FP32 build, without TF32 unless asked for), fp32 accumulation, one
 rounding of the sum, bias included; weight gradients are fp32 in memory. Squares are exact, their sums
@@ -47,7 +51,10 @@ enum { MATMUL_GELU = sizeof(floatX) == 2 };
 
 enum {
     MATMUL_WORKSPACE = 32 << 20, // bytes; what cuBLAS advises for Hopper
-    MATMUL_PLANS = 1024,         // a batch that moves meets some twenty shapes for each size of its micro-batches
+    MATMUL_PLANS = 4096,
+    MATMUL_PLACES = 2 * MATMUL_PLANS, // of the table that finds them; a power of two
+    MATMUL_AT_ONCE = 128,             // several sizes of a batch, with and without per-example norms
+    MATMUL_PATIENCE = 2000,
     MATMUL_CANDIDATES = 8,
     MATMUL_ROUNDS = 5,
     MATMUL_BLOCK = 256, // threads
@@ -139,6 +146,7 @@ typedef struct {
     cublasLtMatmulDescOpaque_t desc;
     cublasLtMatrixLayoutOpaque_t left, right, out;
     cublasLtMatmulAlgo_t algo;
+    int uses;                  // so far, up to MATMUL_PATIENCE
     int candidates, same_bits; // algorithms that ran; those with the bits of the first
     float first_us, us;        // of the first candidate, of the chosen one
     float any_bits_us;         // of the fastest one whatever its bits
@@ -151,8 +159,9 @@ typedef struct {
     char* workspace; // MATMUL_WORKSPACE bytes on the device
     double* partial; // (MATMUL_MAX_BLOCKS) on the device
     cudaEvent_t start, stop;
-    MatmulPlan* plan;    // (MATMUL_PLANS), of which num_plans are in use
-    int num_plans, next; // next: the oldest once all are in use, which the next shape replaces
+    MatmulPlan* plan; // (MATMUL_PLANS), in the order of their first uses
+    int num_plans, num_timed;
+    uint16_t place[MATMUL_PLACES]; // 1 + the number of a plan, at the hash of its shape or after that; 0: free
 } MatmulPlans;
 
 static inline void matmul_open(MatmulPlans* mm, bool tf32) {
@@ -308,21 +317,24 @@ static inline bool matmul_try(const MatmulPlans* mm, MatmulPlan* plan, const cub
     return true;
 }
 
-// Chooses by time among the candidates with the bits of the first; out takes the trials' results and is not p->out where
-// the product adds to that.
+// Takes the first candidate that runs and repeats its bits, the favourite as a rule; if timed, the fastest of those
+// with the same bits. out takes the trials' results and is not p->out where the product adds to that.
 static inline void matmul_trial(const MatmulPlans* mm, MatmulPlan* plan, const MatmulProduct* p, void* out,
-                                const cublasLtMatmulHeuristicResult_t* found, int count, cudaStream_t stream) {
+                                const cublasLtMatmulHeuristicResult_t* found, int count, bool timed,
+                                cudaStream_t stream) {
     uint64_t bits[MATMUL_CANDIDATES], again;
     float us[MATMUL_CANDIDATES];
     bool runs[MATMUL_CANDIDATES];
     int first = -1, best = -1;
-    for (int i = 0; i < count; i++) { // an algorithm counts if it runs, and gives the same bits when it runs again
+    for (int i = 0; i < count && (timed || first < 0); i++) {
         us[i] = INFINITY;
         runs[i] = matmul_try(mm, plan, &found[i].algo, p, out, &bits[i], stream) &&
                   matmul_try(mm, plan, &found[i].algo, p, out, &again, stream) && again == bits[i];
         if (runs[i] && first < 0) { first = i; }
     }
     if (first < 0) { fatal("cuBLASLt: none of %d algorithms for a product gives the same bits twice", count); }
+    plan->algo = found[first].algo;
+    if (!timed) { return; }
     for (int round = 0; round < MATMUL_ROUNDS; round++) { // in turns: a change of clocks meets all
         for (int i = 0; i < count; i++) {
             if (runs[i]) { us[i] = std::min(us[i], matmul_time(mm, plan, &found[i].algo, p, out, stream)); }
@@ -342,14 +354,14 @@ static inline void matmul_trial(const MatmulPlans* mm, MatmulPlan* plan, const M
     plan->algo = found[best].algo;
 }
 
-// Fills in the plan for this product. Whether two algorithms add in the same order shows in fp32 outputs by the
-// thousand and in bf16 outputs by the million: a difference in the last bits of a sum changes one rounding in 2^15 or
-// so.
-static inline void matmul_choose(const MatmulPlans* mm, MatmulPlan* plan, const MatmulProduct* p, cudaStream_t stream) {
+// Tries the candidates for this plan, if there is memory to do so. Whether two algorithms add in the same order shows
+// in fp32 outputs by the thousand and in bf16 outputs by the million: a difference in the last bits of a sum changes
+// one rounding in 2^15 or so.
+static inline void matmul_choose(MatmulPlans* mm, MatmulPlan* plan, const MatmulProduct* p, bool timed,
+                                 cudaStream_t stream) {
     const size_t size = matmul_out_size(&p->shape);
     const bool fp32 = p->shape.fp32_out || sizeof(floatX) == 4;
     cublasLtMatmulHeuristicResult_t found[MATMUL_CANDIDATES];
-    matmul_describe(mm, plan, p);
     const int count = matmul_candidates(mm, plan, found);
     plan->algo = found[0].algo;
     if (size < (size_t)(fp32 ? 1 << 14 : 1 << 21)) { return; }
@@ -358,20 +370,42 @@ static inline void matmul_choose(const MatmulPlans* mm, MatmulPlan* plan, const 
         cudaGetLastError(); // no memory for trials: costs time, changes no bit
         return;
     }
-    matmul_trial(mm, plan, p, scratch != NULL ? scratch : p->out, found, count, stream);
+    matmul_trial(mm, plan, p, scratch != NULL ? scratch : p->out, found, count, timed, stream);
+    mm->num_timed += timed;
     cuda_check(cudaFree(scratch));
 }
 
-// The plan for this product's shape; finds one at the shape's first use.
-static inline MatmulPlan* matmul_plan(MatmulPlans* mm, const MatmulProduct* p, cudaStream_t stream) {
-    for (int i = 0; i < mm->num_plans; i++) {
-        if (memcmp(&mm->plan[i].shape, &p->shape, sizeof p->shape) == 0) {
-            matmul_set_pointers(&mm->plan[i], p);
-            return &mm->plan[i];
-        }
+// Where the table has the shape, or the free place for it.
+static inline uint16_t* matmul_place(MatmulPlans* mm, const MatmulShape* s) {
+    uint32_t parts[sizeof *s / sizeof(uint32_t)], hash = 2166136261u;
+    memcpy(parts, s, sizeof parts);
+    for (uint32_t part : parts) { hash = (hash ^ part) * 16777619u; }
+    for (uint32_t i = hash ^ hash >> 15;; i++) {
+        uint16_t* place = &mm->place[i % MATMUL_PLACES];
+        if (*place == 0 || memcmp(&mm->plan[*place - 1].shape, s, sizeof *s) == 0) { return place; }
     }
-    MatmulPlan* plan = &mm->plan[mm->num_plans < MATMUL_PLANS ? mm->num_plans++ : mm->next++ % MATMUL_PLANS];
-    matmul_choose(mm, plan, p, stream);
+}
+
+// The plan for this product's shape, with the product's pointers. A full table is begun anew.
+static inline MatmulPlan* matmul_plan(MatmulPlans* mm, const MatmulProduct* p, cudaStream_t stream) {
+    uint16_t* place = matmul_place(mm, &p->shape);
+    if (*place == 0 && mm->num_plans == MATMUL_PLANS) {
+        mm->num_plans = 0;
+        memset(mm->place, 0, sizeof mm->place);
+        place = matmul_place(mm, &p->shape);
+    }
+    const bool first = *place == 0;
+    if (first) { *place = (uint16_t)++mm->num_plans; }
+    MatmulPlan* plan = &mm->plan[*place - 1];
+    if (first) {
+        matmul_describe(mm, plan, p);
+        matmul_choose(mm, plan, p, mm->num_timed < MATMUL_AT_ONCE, stream);
+    } else {
+        matmul_set_pointers(plan, p);
+    }
+    if (plan->uses < MATMUL_PATIENCE && ++plan->uses == MATMUL_PATIENCE && plan->candidates == 0) {
+        matmul_choose(mm, plan, p, true, stream);
+    }
     return plan;
 }
 

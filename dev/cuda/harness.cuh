@@ -74,9 +74,14 @@ template <class T> std::vector<T> random_normal(size_t n, double mean, double st
 // ---------------------------------------------------------------------------------------------------------------------
 // Checks
 
-// ||out - ref|| <= tolerance * ||ref||; false and a line if not.
+// As many numbers as in ref, and ||out - ref|| <= tolerance * ||ref||; false and a line if not.
 template <class T>
 bool check_close(const char* what, const std::vector<T>& out, const std::vector<double>& ref, double tolerance) {
+    if (out.size() != ref.size()) {
+        checks_failed++;
+        printf("FAILED %s: %zu numbers, expected %zu\n", what, out.size(), ref.size());
+        return false;
+    }
     double error = 0, norm = 0;
     for (size_t i = 0; i < ref.size(); i++) {
         const double d = (double)to_float(out[i]) - ref[i];
@@ -84,7 +89,7 @@ bool check_close(const char* what, const std::vector<T>& out, const std::vector<
         norm += ref[i] * ref[i];
     }
     const double relative = norm > 0 ? sqrt(error / norm) : sqrt(error);
-    const bool ok = out.size() == ref.size() && relative <= tolerance;
+    const bool ok = relative <= tolerance;
     ok ? checks_passed++ : checks_failed++;
     if (!ok) { printf("FAILED %s: relative error %.3e, allowed %.3e\n", what, relative, tolerance); }
     return ok;

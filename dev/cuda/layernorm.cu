@@ -102,22 +102,46 @@ static Backward random_backward(int B, int T, int C) {
     return p;
 }
 
-// norms: bit 0 asks for the weight's, bit 1 for the bias's.
-static BackwardResult run_backward(const Backward& p, int norms) {
-    floatX *dinp = device_copy(p.dinp), *dout = device_copy(p.dout), *inp = device_copy(p.inp);
-    floatX* weight = device_copy(p.weight);
-    float *mean = device_copy(p.mean), *rstd = device_copy(p.rstd);
-    float *dweight = device_copy(p.dweight), *dbias = device_copy(p.dbias);
-    double* sum_sq = device_copy(std::vector<double>(p.sum_sq, p.sum_sq + 2));
-    char* scratch = device_alloc<char>(layernorm_backward_scratch(p.B, p.C));
-    layernorm_backward(dinp, dweight, dbias, norms & 1 ? sum_sq : NULL, norms & 2 ? sum_sq + 1 : NULL, dout, inp, mean,
-                       rstd, weight, scratch, p.B, p.T, p.C, 0);
-    const BackwardResult r = {host_copy(dinp, p.dinp.size()), host_copy(dweight, p.C), host_copy(dbias, p.C),
-                              host_copy(sum_sq, 2)};
-    for (void* x : {(void*)dinp, (void*)dout, (void*)inp, (void*)weight, (void*)mean, (void*)rstd, (void*)dweight,
-                    (void*)dbias, (void*)sum_sq, (void*)scratch}) {
+// One call's arrays on the device, those of Backward.
+struct BackwardCall {
+    floatX *dinp, *dout, *inp, *weight;
+    float *mean, *rstd, *dweight, *dbias;
+    double* sum_sq;
+};
+
+static BackwardCall open_call(const Backward& p) {
+    return {device_copy(p.dinp),    device_copy(p.dout),  device_copy(p.inp),
+            device_copy(p.weight),  device_copy(p.mean),  device_copy(p.rstd),
+            device_copy(p.dweight), device_copy(p.dbias), device_copy(std::vector<double>(p.sum_sq, p.sum_sq + 2))};
+}
+
+static void close_call(const BackwardCall& c) {
+    for (void* x : {(void*)c.dinp, (void*)c.dout, (void*)c.inp, (void*)c.weight, (void*)c.mean, (void*)c.rstd,
+                    (void*)c.dweight, (void*)c.dbias, (void*)c.sum_sq}) {
         cuda_check(cudaFree(x));
     }
+}
+
+// norms: bit 0 asks for the weight's, bit 1 for the bias's. scratch: layernorm_backward_scratch(p.B, p.C) bytes
+static void queue_call(const BackwardCall& c, const Backward& p, int norms, char* scratch) {
+    layernorm_backward(c.dinp, c.dweight, c.dbias, norms & 1 ? c.sum_sq : NULL, norms & 2 ? c.sum_sq + 1 : NULL, c.dout,
+                       c.inp, c.mean, c.rstd, c.weight, scratch, p.B, p.T, p.C, 0);
+}
+
+// behind_another: a call on other numbers has the same scratch before it, and the host does not wait in between.
+static BackwardResult run_backward(const Backward& p, int norms, char* scratch, bool behind_another = false) {
+    const BackwardCall call = open_call(p);
+    BackwardCall other = {};
+    if (behind_another) {
+        other = open_call(p);
+        std::swap(other.dout, other.inp);
+        queue_call(other, p, norms, scratch);
+    }
+    queue_call(call, p, norms, scratch);
+    const BackwardResult r = {host_copy(call.dinp, p.dinp.size()), host_copy(call.dweight, p.C),
+                              host_copy(call.dbias, p.C), host_copy(call.sum_sq, 2)};
+    close_call(call);
+    close_call(other);
     return r;
 }
 
@@ -148,8 +172,18 @@ static void check_backward(int B, int T, int C) {
             square[0][0] += dw[c] * dw[c], square[1][0] += db[c] * db[c];
         }
     }
-    const BackwardResult all = run_backward(p, 3), again = run_backward(p, 3), one = run_backward(p, 2);
-    const BackwardResult none = run_backward(p, 0);
+    // The scratch memory may hold anything: NaN, which is also what marks a square as missing, and what calls without norms,
+    // with one and with both leave there, then other bytes.
+    const size_t scratch_bytes = layernorm_backward_scratch(B, C);
+    char* scratch = device_alloc<char>(scratch_bytes);
+    const BackwardResult all = run_backward(p, 3, scratch), again = run_backward(p, 3, scratch);
+    const BackwardResult none = run_backward(p, 0, scratch), one = run_backward(p, 2, scratch);
+    const BackwardResult behind = run_backward(p, 3, scratch, true);
+    cuda_check(cudaMemset(scratch, 0, scratch_bytes));
+    const BackwardResult zeros = run_backward(p, 3, scratch);
+    cuda_check(cudaMemset(scratch, 0x7f, scratch_bytes)); // 3e38 as floats, 1e306 as doubles
+    const BackwardResult large = run_backward(p, 3, scratch);
+    cuda_check(cudaFree(scratch));
     char what[100];
     for (const BackwardResult* r : {&all, &none}) {
         snprintf(what, sizeof what, "backward B %d, T %d, C %d%s", B, T, C, r == &all ? "" : ", no norms");
@@ -162,10 +196,17 @@ static void check_backward(int B, int T, int C) {
     check_close(what, std::vector<double>{all.sum_sq[1]}, square[1], SUMMED);
     check_that(one.sum_sq[0] == p.sum_sq[0] && one.sum_sq[1] == all.sum_sq[1], "one norm alone");
     check_that(none.sum_sq[0] == p.sum_sq[0] && none.sum_sq[1] == p.sum_sq[1], "no norms: nothing is written");
-    check_same_bits(what, all.dinp, again.dinp);
-    check_same_bits(what, all.dweight, again.dweight);
-    check_same_bits(what, all.dbias, again.dbias);
-    check_same_bits(what, all.sum_sq, again.sum_sq);
+    const std::pair<const char*, const BackwardResult*> same[] = {{"scratch as the same call left it", &again},
+                                                                  {"scratch behind another call", &behind},
+                                                                  {"scratch of zeros", &zeros},
+                                                                  {"scratch of large numbers", &large}};
+    for (const auto& s : same) {
+        snprintf(what, sizeof what, "backward B %d, T %d, C %d, %s: the same bits", B, T, C, s.first);
+        check_same_bits(what, all.dinp, s.second->dinp);
+        check_same_bits(what, all.dweight, s.second->dweight);
+        check_same_bits(what, all.dbias, s.second->dbias);
+        check_same_bits(what, all.sum_sq, s.second->sum_sq);
+    }
     check_same_bits("dinp with norms and without", all.dinp, none.dinp);
 }
 
@@ -186,7 +227,8 @@ static void check_all() {
                                {2, 1100, 1024}, {16, 40, 4096}, {6, 700, 8},
                                {130, 30, 40},   {600, 3, 16},   {1100, 1, 8}, // examples within a chunk
                                {64, 64, 64},    {128, 16, 128}, {5, 13, 1280},
-                               {300, 2, 2304}};
+                               {300, 2, 2304},  {16, 512, 384}, {17, 37, 384}, // in bf16 the second of two vectors
+                               {94, 64, 384},   {3, 5, 264}};                  // is half empty, or has one lane
     for (const int* s : backward) { check_backward(s[0], s[1], s[2]); }
 }
 

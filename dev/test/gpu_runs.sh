@@ -56,10 +56,29 @@ close_runs() {
     column "$1" train/lossf >"$folder/file1" && column "$2" train/lossf >"$folder/file2" && close_numbers "$3"
 }
 
-# Twenty steps at once leave what ten and, in another process, ten more leave, to the bit.
+# whole_and_halves WHOLE HALVES OPTION...: twenty steps at once leave what ten and, in another process, ten more leave, to
+# the bit
+whole_and_halves() {
+    whole=$1 halves=$2
+    shift 2
+    start "$gpu" "$whole" -x 20 "$@" && start "$gpu" "$halves" -x 10 "$@" && start "$gpu" "$halves" -x 20 "$@" &&
+        grep -q 'resuming    from' "$folder/$halves.txt" && same_runs "$whole" "$halves" 20
+}
+
+# A schedule of twenty steps, every one of another size. As in a run of 16 sequences a step, the first ten take 160, all 320.
+moving_batch() {
+    tokens=0 steps=
+    for size in 3 7 16 40 5 23 12 31 1 22 2 37 9 26 4 19 11 28 6 18; do
+        steps=$steps,$tokens:$size
+        tokens=$((tokens + 64 * size))
+    done
+    echo "steps:${steps#,}"
+}
+
+# Also with a batch that moves: in micro-batches of one to six sequences, whose products have their algorithms chosen anew.
 ten_and_ten() {
-    start "$gpu" whole -x 20 && start "$gpu" halves -x 10 && start "$gpu" halves -x 20 &&
-        grep -q 'resuming    from' "$folder/halves.txt" && same_runs whole halves 20
+    whole_and_halves whole halves && whole_and_halves moving moving_halves --batch-schedule "$(moving_batch)" &&
+        [ "$(column moving batch | sort -u | wc -l)" -eq 20 ]
 }
 
 # Killed somewhere after its first checkpoint and resumed, a run leaves what the unbroken one leaves.
