@@ -6,8 +6,8 @@
     python3 scripts/chinchilla.py 111m --arms all --dry-run             the plan as a table; trains and writes nothing
 
 Trains every arm with every seed, one run after the other, or with --gpus 0-7 one at a time on each of these GPUs. What
-is done is skipped, what was interrupted goes on from its checkpoint: after Ctrl-C, a kill or a power cut the same command
-continues. Needs the standard library only. Leaves
+is done is skipped, what was interrupted goes on from its checkpoint: after Ctrl-C, a kill or a power cut the same
+command continues. Needs the standard library only. Leaves
 
     EXPERIMENT/plan.json           what was planned: budget, shape, data, seeds, arms with all of the trainer's options
     EXPERIMENT/<arm>/seed<k>/      the trainer's folder of that run (log.csv, config.json, checkpoints/), output.txt,

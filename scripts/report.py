@@ -10,7 +10,8 @@ folder given, or that of --out. It can be run again at any time, and reads only 
 An experiment's page says, with 95% intervals over the seeds, what each arm saves in tokens and in device time and what
 its final loss is beside that of fixed, of the ramp's mean batch and of the best constant one. What the numbers mean
 stands beside them, and at the top of scripts/report/savings.py how they are computed. Where an interval includes 0, the
-page says so.
+page says so. Where arms were run at several peak learning rates (<arm>@lr<x>), each is also compared with the best
+constant batch with both at their own best rate: scripts/report/sweep.py.
 
 Needs scripts/requirements.txt. Exit status: 0; 2 with one line on stderr if something given is not what it should be.
 """
@@ -32,6 +33,7 @@ FIGURES = {
     "difference": figures.difference_figure,
     "savings": figures.savings_figure,
     "final": figures.final_figure,
+    "sweep": figures.sweep_figure,
     "batch": figures.batch_figure,
     "lr": figures.lr_figure,
     "groups": figures.groups_figure,
@@ -48,7 +50,8 @@ def write_picture(name: str, figure: Figure, folder: Path, caption: Caption) -> 
 
 
 def write_report(experiment: Experiment, folder: Path) -> None:
-    results, words = compare(experiment), captions(experiment)
+    results = compare(experiment)
+    words = captions(experiment, results)
     drawn: dict[str, Figure | None] = {}
     if experiment.is_single:
         drawn["overview"] = figures.overview(experiment.reference.first)

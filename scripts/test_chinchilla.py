@@ -404,7 +404,7 @@ def test_gpus() -> None:
     """One run on each GPU at a time, those that are made from others after them; Ctrl-C saves all that are at work."""
     arms = "fixed,ramp,gns,replay,fitted"
     options = [*SMALL_RUN, "--arms", arms, "--gpus", "0,2-3"]
-    program = start(*options, FAKE_DELAY="0.05")
+    program = start(*options, FAKE_DELAY="0.2")
     wait_for(lambda: sum(map(is_held, Path("e").glob("*/*/lock"))) == 3, "three runs at once")
     wait_for(lambda: chinchilla.read_position(Path("e/gns/seed1")).tokens > 0, "the third one's first step")
     program.send_signal(signal.SIGINT)
@@ -542,7 +542,9 @@ def write_tokens(path: Path, tokens: bytes) -> None:
 
 
 def prepare() -> None:
-    """The fake trainer, and token files, in the present folder."""
+    """The fake trainer, and token files, in the present folder. Ctrl-C reaches our children even if it does not reach
+    us, whom a shell may have started in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for program in ("train_gpt", "build/text_to_tokens"):
         if not (ROOT / program).is_file():
             sys.exit(f"error: {program} is not there; make {program}")

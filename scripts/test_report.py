@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from report import figures
+from report.captions import captions
 from report.command import command
-from report.drawing import looks, spread
-from report.words import duration, saving_verdict, share
+from report.drawing import looks, rate_axis, rate_name, spread
 from report.results import at_quarters, compare, notes
 from report.runs import Experiment, has_rows, read_all, read_run
 from report.savings import (
@@ -40,6 +41,8 @@ from report.savings import (
     t_quantile,
     worth,
 )
+from report.words import duration, saving_verdict, share
+from report.words import summary as summary_words
 from gnslog import GROUPS, LogError
 
 HERE = Path(__file__).resolve().parent
@@ -184,8 +187,13 @@ def write_example(folder: Path) -> None:
         "halflife": {"scale": 0.87, "first_batch": 4, "config": {"beta2-half-life": 5e5}},
         "fitted": {"budget": 0.85 * BUDGET},
         "fittedramp": {"budget": 0.85 * BUDGET, "scale": 0.88, "first_batch": 4},
-        "const2@lr2e-3": {"batch": 8, "config": {"lr": 2e-3}, "scale": 1.01},
     }
+    # Smaller batches have their best rate lower; at the highest one they diverge.
+    for name, best in (("fixed", 4e-3), ("ramp", 2e-3), ("gns", 2e-3), ("mean", 2.8e-3), ("const2", 1.4e-3)):
+        for rate in (5e-4, 1.4e-3, 2e-3, 4e-3, 8e-3):
+            away = math.log(rate / best) ** 2 - math.log(1e-3 / best) ** 2
+            scale = 20 if rate >= 4 * best else arms[name].get("scale", 1.0) * math.exp(0.08 * away)
+            arms[f"{name}@lr{rate:g}"] = arms[name] | {"scale": scale, "config": {"lr": rate}}
     write_plan(folder, list(arms), [1, 2, 3])
     rng = np.random.default_rng(1)
     for seed in (1, 2, 3):
@@ -519,6 +527,183 @@ def test_partial(folder: Path) -> None:
     )
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The learning-rate sweep
+
+
+def invent_sweep(
+    folder: Path, losses: dict[str, dict[int, float]], constant: tuple[str, ...] = ("fixed",)
+) -> Experiment:
+    """Runs with these final losses, by arm and seed; the rate is in the arm's name, or else 0.001."""
+    write_plan(folder, list(losses), sorted({seed for of_seed in losses.values() for seed in of_seed}))
+    for name, of_seed in losses.items():
+        stem, _, rate = name.partition("@lr")
+        batch = {"batch": 250.0} if stem in constant else {"batch": 250.0, "first_batch": 125.0}
+        for seed, loss in of_seed.items():
+            run = write_run(folder / name / f"seed{seed}", {"lr": float(rate or 1e-3)}, seed=seed, **batch)
+            log = run / "log.csv"
+            log.write_text(with_final_loss(log.read_text(), loss))
+    return read_all([folder])
+
+
+def with_final_loss(text: str, loss: float) -> str:
+    rows = list(csv.reader(text.splitlines()))
+    rows[-1][rows[0].index("val/loss")] = repr(loss)
+    return "".join(",".join(row) + "\n" for row in rows)
+
+
+def test_sweep(folder: Path) -> None:
+    """Two seeds, values by hand: the ramp is better at the common rate, the constant batch at its own best one."""
+    losses = {
+        "fixed@lr0.002": {1: 1.90, 2: 1.96},
+        "fixed": {1: 2.00, 2: 2.10},
+        "ramp@lr5e-4": {1: 1.97, 2: 2.01},
+        "ramp": {1: 1.94, 2: 2.04},
+        "fixed@lr0.004": {1: 1.95, 2: 2.05},
+        "ramp@lr0.002": {1: 1.96, 2: 2.06},
+        "const1": {1: 1.98, 2: 2.00},
+        "ramp@lr0.004": {1: 5.0, 2: 5.2},
+    }
+    e = invent_sweep(folder, losses, ("fixed", "const1"))
+    sweep = compare(e).sweep
+    of = {family.name: family for family in sweep.families}
+    check(list(of) == ["fixed", "ramp", "const1"], f"a family of each arm, in the plan's order: {list(of)}")
+    check([v.rate for v in of["ramp"].variants] == [5e-4, 1e-3, 2e-3, 4e-3], "its rates in order, its own among them")
+    check((of["fixed"].best.rate, of["fixed"].edge) == (2e-3, ""), "the best rate of fixed lies inside")
+    check((of["ramp"].best.rate, of["const1"].edge) == (5e-4, "only one"), "of a tie the lower rate; one rate")
+    check(of["ramp"].edge == "lowest" and sweep.best_constant is of["fixed"], "an edge; the best constant batch")
+    i = sweep.against_best(of["ramp"])  # 0.07 and 0.05: s.d. 0.01 sqrt 2, standard error 0.01
+    check_close([i.mean, i.low, i.high, i.n], [0.06, 0.06 - 0.127062, 0.06 + 0.127062, 2], 1e-6, "paired by seed")
+    check(sweep.against_best(of["fixed"]).n == 0, "the best constant batch is not compared with itself")
+    # Lowest mean 1.93; of the best means 1.93, 1.99, 1.99 the median is 0.06 above: a tenth of 1.93 is more.
+    check_close(sweep.limit, 1.93 * 1.1, 1e-9, "what is far above")
+    check([sweep.far_seeds(v) for v in of["ramp"].variants] == [0, 0, 0, 2], "diverged runs are")
+    look = looks(e)
+    check(len({look[n].colour for n in losses if n.startswith("ramp")}) == 1, "variants have their arm's colour")
+    order = [arm.name for arm in e.by_stem]
+    ramp = ["ramp@lr5e-4", "ramp", "ramp@lr0.002", "ramp@lr0.004"]
+    check(order == ["fixed", "fixed@lr0.002", "fixed@lr0.004", *ramp, "const1"], f"together, by rate: {order}")
+    check_sweep_page(folder)
+    check_sweep_figures(e)
+
+
+def check_sweep_page(folder: Path) -> None:
+    done = report(folder)
+    check(done.returncode == 0, f"a report of a sweep: {done.stderr[-500:]}")
+    text = (folder / "report/index.html").read_text()
+    check('<figure id="sweep"' in text and (folder / "report/sweep.png").stat().st_size > 5000, "with its figure")
+    check("ramp at 0.004 (5.10)" in text, "the caption names diverged runs")
+    part = text.split("own best learning rate</h2>")[1].split("</table>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(<td.*?)</tr>", part)]
+    difference = "+0.0600 [−0.0671, +0.1871]"
+    nothing = "no difference shown (interval includes 0)"
+    rates = "0.0005, 0.001, 0.002, 0.004"
+    check(rows[1] == ["ramp", rates, "0.0005", "lowest", "1.9900", "2", difference, "2", nothing], f"row: {rows[1]}")
+    check(rows[0][-1] == "the best constant batch" and rows[2][3] == "only one", f"the others: {rows[0]}, {rows[2]}")
+    for words in (
+        "The best constant batch is that of fixed at 0.002, with a mean loss of 1.9300.",
+        f"{nothing}: ramp at 0.0005 (n = 2). No growing batch is shown to beat it.",
+        "The best rate is the lowest that was run, and a better one may lie beyond: ramp at 0.0005.",
+        "Run at one rate only, and so perhaps not at their best: const1.",
+    ):
+        check(words in done.stdout, f"expected '{words}' in '{done.stdout}'")
+    check("chosen after the fact" not in done.stdout, "arms at one rate are not set against the best one of a sweep")
+
+
+def check_sweep_figures(e: Experiment) -> None:
+    results = compare(e)
+    figure = figures.sweep_figure(e, results)
+    axes = figure.axes[0]
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    check(names == ["0.0005", "0.001", "0.002", "0.004"], f"ticks at the rates that were run: {names}")
+    check(axes.get_ylim()[1] < 2.2, "a diverged run does not flatten the others")
+    arrows = [line for line in axes.lines if line.get_marker() == "^" and len(line.get_xdata()) > 0]
+    check([list(line.get_xdata()) for line in arrows] == [[4e-3]], "an arrowhead at its rate")
+    rings = [line.get_xdata()[0] for line in axes.lines if line.get_fillstyle() == "none"]
+    check(rings == [2e-3, 5e-4], f"rings at the best rates of what was tuned: {rings}")
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    check(sorted(text.get_text() for text in axes.texts) == ["const1", "fixed", "ramp"], "each line has its name")
+    check(not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), "names do not overlap")
+    axes = figures.final_figure(e, results).axes[0]
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    ramp = ["ramp@lr5e-4", "ramp at lr 0.001", "ramp@lr0.002", "ramp@lr0.004"]
+    check(rows == ["fixed@lr0.002", "fixed@lr0.004", *ramp, "const1"], f"rows of the final losses: {rows}")
+    check(axes.get_xlim()[1] < 1 and [t.get_text() for t in axes.texts] == ["+3.05"], "a diverged run at the edge")
+    figures.plt.close("all")
+
+
+def test_sweep_seeds(folder: Path) -> None:
+    """One lucky seed, one seed in all, a diverged seed, a clear win, and no sweep."""
+    three = {1: 2.0, 2: 2.1, 3: 1.9}
+
+    def shifted(by: float, tilt: float = 0.0) -> dict[int, float]:
+        return {seed: loss + by + tilt * (seed - 2) for seed, loss in three.items()}
+
+    losses = {
+        "fixed": three,
+        "fixed@lr0.002": {1: 1.8},
+        "fixed@lr0.0005": shifted(0.1),
+        "ramp": shifted(-0.02),
+        "ramp@lr0.002": shifted(-0.05, 0.001),
+        "ramp@lr0.004": {1: 1.9, 2: 1.9, 3: 3.1},
+        "gns": shifted(0.3),
+        "gns@lr0.002": shifted(0.2, 0.001),
+    }
+    e = invent_sweep(folder / "a", losses)
+    results = compare(e)
+    fixed, ramp, gns = results.sweep.families
+    check(fixed.best.rate == 1e-3 and fixed.edge == "", "a rate with one seed does not win")
+    check([v.rate for v in fixed.promising] == [2e-3], "but is named")
+    check(ramp.best.rate == 2e-3 and ramp.edge == "", "a rate with a diverged seed does not, nor is it the edge")
+    i = results.sweep.against_best(ramp)  # -0.05 with s.d. 0.001 over three seeds: +- 4.3027 0.001 / sqrt 3
+    check_close([i.mean, i.high, i.n], [-0.05, -0.05 + 0.0024841, 3], 1e-6, "a clear win")
+    words = dict(summary_words(e, results))["At each arm's best learning rate"]
+    for expected in (
+        "beats the best constant batch: ramp at 0.002 −0.0500 [−0.0525, −0.0475]",
+        "worse than the best constant batch: gns at 0.002 +0.2000",
+        "better than the chosen rate in those they share: fixed at 0.002.",
+        "the highest that was run, and a better one may lie beyond: gns at 0.002.",
+    ):
+        check(expected in words, f"expected '{expected}' in '{words}'")
+    check("is shown to beat it" not in words, "where one arm wins, it is not said that none does")
+    caption = captions(e, results)["sweep"].text
+    check("ramp at 0.004 (2.30, 1 of 3 seeds)" in caption, f"one diverged seed is said so: {caption}")
+    top = figures.sweep_figure(e, results).axes[0].get_ylim()[1]
+    check(2.4 < top < 2.6, f"and leaves the scale to the others: {top}")
+    one = invent_sweep(folder / "b", {name: {1: loss[1]} for name, loss in losses.items()})
+    words = dict(summary_words(one, compare(one)))["At each arm's best learning rate"]
+    check("nothing shown (one seed, no interval): ramp at 0.004, gns at 0.002 (n = 1)" in words, f"one seed: {words}")
+    check(compare(one).sweep.families[0].edge == "highest", "whose best rate may be another one")
+    check(figures.sweep_figure(one, compare(one)) is not None, "one seed has a figure")
+    none = invent_sweep(folder / "c", {"fixed": three, "ramp": three, "gns@lr0.002": three})
+    check(compare(none).sweep is None and figures.sweep_figure(none, compare(none)) is None, "one rate each: no sweep")
+    growing = invent_sweep(folder / "d", {"ramp@lr0.002": three, "ramp@lr0.004": three}, ())
+    sweep = compare(growing).sweep
+    check(
+        sweep.best_constant is None and sweep.families[0].best.rate == 2e-3, "no constant batch, its own rate not run"
+    )
+    words = dict(summary_words(growing, compare(growing)))["At each arm's best learning rate"]
+    check(words.startswith("No constant batch has finished."), f"and says so: {words}")
+    figures.plt.close("all")
+
+
+def test_rate_axis() -> None:
+    """Plain names; upright where they would touch; where even those would, some are left out."""
+    check([rate_name(x) for x in (6e-5, 0.0113, 1.0, 0.0028)] == ["0.00006", "0.0113", "1", "0.0028"], "plain rates")
+    for rates, upright, named in (
+        ([1e-3, 2e-3], False, 2),
+        ([1e-3, 1.05e-3, 2e-3], True, 3),
+        ([1e-3, 1.01e-3, 4e-3], True, 2),
+    ):
+        figure, axes = figures.plt.subplots(figsize=(7, 4))
+        axes.set_xlim(rates[0] / 1.1, rates[-1] * 1.1)
+        check(rate_axis(axes, rates) == upright, f"ticks at {rates} are {'' if upright else 'not '}upright")
+        names = [label.get_text() for label in axes.get_xticklabels() if label.get_text()]
+        check(len(names) == named, f"names of {rates}: {names}")
+    figures.plt.close("all")
+
+
 def test_words() -> None:
     check(
         [duration(s) for s in (math.nan, 1.5, 200, 3720, 183600)] == ["–", "1.5 s", "3 m 20 s", "1 h 02 m", "2 d 03 h"],
@@ -592,9 +777,18 @@ def main() -> int:
     if args.example:
         write_example(args.example)
         return 0
-    for test in (test_t, test_first_reached, test_known_savings, test_intervals_cover, test_worth, test_words):
+    for test in (
+        test_t,
+        test_first_reached,
+        test_known_savings,
+        test_intervals_cover,
+        test_worth,
+        test_words,
+        test_rate_axis,
+    ):
         test()
-    for test in (test_reading, test_running, test_damaged, test_experiment, test_page, test_partial):
+    in_folder = (test_reading, test_running, test_damaged, test_experiment, test_page, test_partial)
+    for test in (*in_folder, test_sweep, test_sweep_seeds):
         with tempfile.TemporaryDirectory() as folder:
             test(Path(folder))
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
     savings.py     statistics: t intervals, tokens and time saved at equal loss, budgets of equal worth   (numbers only)
     runs.py        reads runs and experiments, pairs their seeds
+    sweep.py       arms at several learning rates, each at its own best
     results.py     the experiment's results: what each arm saves and loses, with intervals
     drawing.py     parts of figures: colours of arms, scales, names of lines
     figures.py     the figures        captions.py    their captions

@@ -2,8 +2,11 @@
 
 from typing import NamedTuple
 
+from .drawing import rate_name
 from .figures import diagnosed, layernorm_fit
+from .results import Results
 from .runs import Experiment
+from .sweep import Family, Sweep
 
 
 class Caption(NamedTuple):
@@ -11,7 +14,7 @@ class Caption(NamedTuple):
     text: str
 
 
-def captions(experiment: Experiment) -> dict[str, Caption]:
+def captions(experiment: Experiment, results: Results) -> dict[str, Caption]:
     """By the name of the figure."""
     reference = experiment.reference.name
     seeds = "" if len(experiment.seeds) == 1 else " Means over the seeds."
@@ -41,8 +44,10 @@ def captions(experiment: Experiment) -> dict[str, Caption]:
         "final": Caption(
             "Final loss",
             f"Difference of the final validation loss from that of {reference}: each seed (bar), mean (dot) and 95% t "
-            "interval (line, which may leave the figure). An interval across the black line shows no difference.",
+            "interval (line, which may leave the figure). An interval across the black line shows no difference."
+            + final_words(results.sweep),
         ),
+        "sweep": Caption("Final loss by peak learning rate", sweep_words(results.sweep)),
         "batch": Caption(
             "Batch size and noise scale",
             "Batch size (thick, in the arm's colour) and gradient noise scale of the LayerNorms (orange, with a band "
@@ -53,6 +58,50 @@ def captions(experiment: Experiment) -> dict[str, Caption]:
             "As a function of the tokens consumed before the step; arms with the same one share a line.",
         ),
     } | noise_captions(experiment)  # fmt: skip
+
+
+def final_words(sweep: Sweep | None) -> str:
+    """What learning-rate sweeps add to the figure of the final losses."""
+    if sweep is None:
+        return ""
+    is_any_far = any(sweep.far_seeds(v) > 0 for family in sweep.families for v in family.variants)
+    far = " Arrowheads at the right edge: means far outside the figure, with their value." if is_any_far else ""
+    return f" The variants of an arm stand together, by learning rate.{far}"
+
+
+def sweep_words(sweep: Sweep | None) -> str:
+    if sweep is None:
+        return ""
+    shown = [(family, v) for family in sweep.drawn for v in family.variants]
+    several = any(len(v.losses) > 1 for _, v in shown)
+    dots = (
+        "Mean final validation loss (dots on the line; small dots, a little aside: seeds)"
+        if several
+        else "Final validation loss"
+    )
+    text = (
+        f"{dots} of each arm at the peak learning rates that were run with it. The ring marks its best rate, among "
+        "those with the most seeds: there arms are compared. An arm with its ring at an end of its line may be better "
+        "beyond."
+    )
+    outside = [words for family in sweep.drawn if (words := far_words(sweep, family))]
+    if outside:
+        what = "means of seeds of which some or all are" if several else "losses"
+        text += (
+            f" Arrowheads at the top edge, reached by dotted lines, are {what} far above the axis, as of runs that "
+            f"diverged: {'; '.join(outside)}."
+        )
+    return text
+
+
+def far_words(sweep: Sweep, family: Family) -> str:
+    """ramp at 0.008 (1.32, 1 of 3 seeds), 0.016 (2.50)"""
+    found = []
+    for v in family.variants:
+        far, seeds = sweep.far_seeds(v), len(v.losses)
+        of_seeds = f", {far} of {seeds} seeds" if far < seeds else ""
+        found += [f"{rate_name(v.rate)} ({v.mean:.2f}{of_seeds})"] if far else []
+    return f"{family.name} at {', '.join(found)}" if found else ""
 
 
 def noise_captions(experiment: Experiment) -> dict[str, Caption]:

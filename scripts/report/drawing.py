@@ -10,6 +10,7 @@ from gnslog import Array
 from gnsplot import BLACK, BLUE, GREEN, GREY, PURPLE, SKY, YELLOW, plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from .runs import Experiment
 
@@ -47,21 +48,24 @@ class Label:
 
 
 def looks(experiment: Experiment) -> dict[str, Look]:
-    """Of each arm, by name."""
-    found: dict[str, Look] = {experiment.reference.name: Look(BLACK, "-")}
+    """Of each arm, by name; and by the name of an arm that was run at other learning rates than its own only."""
+    reference = experiment.reference
+    found: dict[str, Look] = {reference.stem: Look(BLACK, "-")}
     coloured = constants = 0
     for arm in experiment.others:
-        original = experiment.original(arm)
-        parent = original.name if original else arm.name.split("@")[0]
-        if parent != arm.name and parent in found:
-            found[arm.name] = Look(found[parent].colour, DASHED if original else DOTTED)
-        elif re.fullmatch(r"const\d+", arm.name):
-            found[arm.name] = Look(GREY, CONSTANTS[constants % len(CONSTANTS)])
+        original, stem = experiment.original(arm), arm.stem
+        if original and original.name in found:
+            found[arm.name] = Look(found[original.name].colour, DASHED)
+        elif stem in found:
+            pass  # a variant, below
+        elif re.fullmatch(r"const\d+", stem):
+            found[stem] = Look(GREY, CONSTANTS[constants % len(CONSTANTS)])
             constants += 1
         else:
-            found[arm.name] = Look(COLOURS[coloured % len(COLOURS)], "-" if coloured < len(COLOURS) else DASH_DOTTED)
+            found[stem] = Look(COLOURS[coloured % len(COLOURS)], "-" if coloured < len(COLOURS) else DASH_DOTTED)
             coloured += 1
-    return found
+    variants = {arm.name: Look(found[arm.stem].colour, DOTTED) for arm in experiment.arms if arm.name not in found}
+    return found | variants | {reference.name: Look(BLACK, "-")}
 
 
 def token_scale(most: float) -> Scale:
@@ -124,6 +128,105 @@ def spread(ends: Array, heights: Array) -> Array:
             pools[-1] = (pools[-1][0] + total, pools[-1][1] + members)
     free = np.repeat([total / members for total, members in pools], [members for _, members in pools])
     return below + np.clip(free, 0, max(0, 1 - heights.sum()))
+
+
+@dataclass(frozen=True)
+class Path:
+    """A line through points, in the axes' data, and the name to be set near it."""
+
+    x: Array
+    y: Array
+    dots: Array  # (n, 2) more that is drawn, and to be left free
+    text: str
+    colour: str
+
+
+def label_near(axes: Axes, paths: Sequence[Path], named: Sequence[bool]) -> None:
+    """Names those lines, near a point of theirs that has room for it: the last one, if it has.
+
+    The others, and those without room, are named to the right of the axes. Comes last, and the layout must be fixed.
+    """
+    axes.figure.draw_without_rendering()
+    window, unit = axes.get_window_extent(), axes.figure.dpi / 72
+    points = [axes.transData.transform(np.column_stack([path.x, path.y])) for path in paths]
+    dots = axes.transData.transform(np.concatenate([path.dots for path in paths]))
+    taken = np.concatenate([dots, *(dense(p, 2 * unit) for p in points), *(rings(p, 4.3 * unit) for p in points)])
+    right = []
+    # Lines with few points have the least choice: they come first.
+    for path, p, near in sorted(zip(paths, points, named), key=lambda line: len(line[1])):
+        found = free_box(axes, path, p, taken, 6.5 * unit) if near else None
+        if found is None:
+            right.append(Label(path.x[-1], path.y[-1], path.text, path.colour))
+            continue
+        box, point, is_far = found
+        (x, y), (u, v) = ((at - window.p0) / window.size for at in (box.mean(axis=0), point))
+        arrow = {"arrowstyle": "-", "color": path.colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+        axes.annotate(path.text, (u, v), (x, y), "axes fraction", "axes fraction", color=path.colour, fontsize=8,
+                      ha="center", va="center", arrowprops=arrow if is_far else None)  # fmt: skip
+        taken = np.concatenate([taken, *(dense(box * [1, 0] + [0, at], unit) for at in np.linspace(*box[:, 1], 5))])
+    label_ends(axes, right)
+
+
+def rings(points: Array, radius: float) -> Array:
+    """(n, 2) Points around these: what their markers take up."""
+    angles = np.linspace(0, 2 * math.pi, 17)
+    circle = radius * np.column_stack([np.cos(angles), np.sin(angles)])
+    return (points[:, None] + circle).reshape(-1, 2)
+
+
+def dense(points: Array, step: float) -> Array:
+    """(n, 2) Points of the line through these, about a step apart."""
+    parts = [points[:1]]
+    for a, b in zip(points, points[1:]):
+        parts.append(np.linspace(a, b, 1 + max(1, math.ceil(math.dist(a, b) / step))))
+    return np.concatenate(parts)
+
+
+def free_box(axes: Axes, path: Path, points: Array, taken: Array, gap: float) -> tuple[Array, Array, bool] | None:
+    """A place for the line's name this far from one of its points, or somewhat farther: opposite corners, in pixels.
+
+    With the point, and whether it is so far away that a line should lead there. None: no room.
+    """
+    text = axes.text(0, 0, path.text, fontsize=8)
+    size = text.get_window_extent()
+    text.remove()
+    window, half = axes.get_window_extent(), np.array([size.width, 0.8 * size.height]) / 2
+    order = [len(points) - 1, *range(len(points) - 1)]  # the last, then from the first on
+    for distance in (1, 2, 3):
+        for point in points[order]:
+            for side in ((1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1)):
+                centre = point + np.array(side) * (half + gap * distance / math.hypot(*side))
+                box = np.array([centre - half, centre + half])
+                inside = (box[0] > [window.x0, window.y0]).all() and (box[1] < [window.x1, window.y1]).all()
+                margin = 0.23 * gap
+                if inside and not ((taken > box[0] - margin) & (taken < box[1] + margin)).all(axis=1).any():
+                    return box, point, distance > 1
+    return None
+
+
+def rate_name(rate: float) -> str:
+    """Of a learning rate, without an exponent."""
+    return np.format_float_positional(rate, precision=6, fractional=False, trim="-")
+
+
+def rate_axis(axes: Axes, rates: Sequence[float]) -> bool:
+    """Logarithmic, with ticks at these rates; returns whether their names are upright, as they would touch.
+
+    The limits must be set.
+    """
+    axes.set_xscale("log")
+    low, high = np.log(axes.get_xlim())
+    width = 72 * axes.figure.get_figwidth() * axes.get_position().width  # in points
+    gaps = np.diff(np.log(rates), prepend=-math.inf) * width / (high - low)
+    upright = bool(gaps.min() < 5.2 * max(len(rate_name(rate)) for rate in rates))
+    names, room = [], 0.0
+    for rate, gap in zip(rates, gaps):
+        room += gap
+        names.append(rate_name(rate) if room >= 9 else "")  # where even upright ones would touch, every other one
+        room = 0.0 if names[-1] else room
+    axes.set_xticks(rates, names, rotation=90 if upright else 0)
+    axes.xaxis.set_minor_locator(NullLocator())
+    return upright
 
 
 def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:

@@ -1,9 +1,10 @@
 """The figures of the report. Each function draws one figure, or gives None where the runs have nothing to show in it.
 
 An arm has one colour and line style in all of them (`looks`): black for the reference, grey for a family of constants,
-the colour of their original for arms on another budget (dashed) and of a learning-rate sweep (dotted). Lines are named
-at their ends. Where an experiment has several seeds, curves are means over the seeds, bands and bars 95% intervals; the
-batch, the noise scale and the learning rate are those of an arm's first seed.
+the colour of their original for arms on another budget (dashed) and of a learning-rate sweep (dotted; but in the
+sweep's figure each arm is a line with its own style). Lines are named at their ends. Where an experiment has several
+seeds, curves are means over the seeds, bands and bars 95% intervals; the batch, the noise scale and the learning rate
+are those of an arm's first seed.
 """
 
 import math
@@ -18,10 +19,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
 
-from .drawing import DASHED, DOTTED, WIDTH, Label, Look, Scale, label_ends, looks, panels, thin, time_scale, token_scale
+from .drawing import (
+    DASHED,
+    DOTTED,
+    WIDTH,
+    Label,
+    Look,
+    Path,
+    Scale,
+    label_ends,
+    label_near,
+    looks,
+    panels,
+    rate_axis,
+    rate_name,
+    thin,
+    time_scale,
+    token_scale,
+)
 from .results import Result, Results
 from .runs import Arm, Experiment, Run
 from .savings import Interval
+from .sweep import Family, Sweep
 
 GROUP_NAMES = {
     "ln": "LayerNorm",
@@ -220,25 +239,57 @@ def name_if_outside(axes: Axes, seconds: list[Interval]) -> None:
 
 
 def final_figure(experiment: Experiment, results: Results) -> Figure | None:
-    """Final losses less the reference's: means with intervals, seeds as dots."""
-    shown = [r for r in results.arms if r.against_reference.n > 0]
+    """Final losses less the reference's: means with intervals, seeds as dots; an arm's variants stand together."""
+    of_arm = {r.arm.name: r for r in results.arms if r.against_reference.n > 0}
+    shown = [of_arm[arm.name] for arm in experiment.by_stem if arm.name in of_arm]
     if not shown:
         return None
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.26 * len(shown)), layout="constrained")
+    sweep = results.sweep
+    far = {v.arm.name for f in sweep.families for v in f.variants if sweep.far_seeds(v)} if sweep else set()
+    rows = rows_of_families([r.arm for r in shown])
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.26 * (rows[-1] + 1)), layout="constrained")
     look, reference = looks(experiment), experiment.reference.finished()
-    for row, result in enumerate(shown):
+    limit_bars(axes, [r.against_reference for r in shown if r.arm.name not in far])
+    for row, result in zip(rows, shown):
         i, colour, finished = result.against_reference, look[result.arm.name].colour, result.arm.finished()
+        if result.arm.name in far:
+            draw_far(axes, row, i.mean, colour)
+            continue
         seeds = [finished[s].final_loss - reference[s].final_loss for s in finished.keys() & reference.keys()]
         axes.plot(seeds, [row] * len(seeds), "|", color=colour, markersize=6, alpha=0.7)
         axes.plot([i.low, i.high], [row, row], color=colour, linewidth=1.6)
         axes.plot(i.mean, row, "o", color=colour, markersize=4.5)
     axes.axvline(0, color=BLACK, linewidth=1)
-    axes.set_yticks(range(len(shown)), [r.arm.name for r in shown])
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.set_xlabel(f"final loss less that of {experiment.reference.name} (nats per token); left of the line is better")
-    limit_bars(axes, [r.against_reference for r in shown])
+    axes.set_yticks(rows, [name_in_family(experiment, r.arm) for r in shown])
+    axes.set_ylim(rows[-1] + 0.6, -0.6)
+    reference_name = name_in_family(experiment, experiment.reference)
+    axes.set_xlabel(f"final loss less that of {reference_name} (nats per token); left of the line is better")
     axes.grid(axis="y", visible=False)
     return figure
+
+
+def rows_of_families(arms: list[Arm]) -> list[float]:
+    """Places of the arms' rows, with some room around an arm with variants."""
+    rows = [0.0]
+    for before, arm in zip(arms, arms[1:]):
+        families = arm.stem != before.stem and (arm.is_sweep or before.is_sweep)
+        rows.append(rows[-1] + (1.6 if families else 1.0))
+    return rows
+
+
+def name_in_family(experiment: Experiment, arm: Arm) -> str:
+    """The arm's name; with its learning rate where there are variants at others."""
+    has_variants = any(other.stem == arm.stem for other in experiment.arms if other is not arm)
+    known = not arm.is_sweep and math.isfinite(arm.rate)
+    return f"{arm.name} at lr {rate_name(arm.rate)}" if has_variants and known else arm.name
+
+
+def draw_far(axes: Axes, row: float, mean: float, colour: str) -> None:
+    """An arrowhead at the right edge, with the mean that lies beyond it."""
+    across = axes.get_yaxis_transform()
+    axes.plot(0.99, row, ">", color=colour, markersize=5, transform=across, clip_on=False)
+    text = f"{mean:+.2f}".replace("-", "−")
+    axes.annotate(text, (0.975, row), xycoords=across, ha="right", va="center", fontsize=7, color=colour)
 
 
 def limit_bars(axes: Axes, intervals: list[Interval]) -> None:
@@ -248,6 +299,90 @@ def limit_bars(axes: Axes, intervals: list[Interval]) -> None:
     edges = [edge for i in intervals for edge in (i.low, i.high) if math.isfinite(edge)] or means
     left, right = min(edges + means) - 0.05 * reach, max(edges + means) + 0.05 * reach
     axes.set_xlim(max(left, min(means) - reach), min(right, max(means) + reach))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The learning-rate sweep
+
+
+def sweep_figure(experiment: Experiment, results: Results) -> Figure | None:
+    """Final loss against the peak learning rate: a line for each arm that was run at several, its best one marked."""
+    sweep = results.sweep
+    if sweep is None:
+        return None
+    shown = sweep.drawn
+    rates = sorted({v.rate for family in shown for v in family.variants})
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.9))
+    longest = max(len(family.name) for family in shown)
+    figure.subplots_adjust(left=0.1, right=max(0.6, 0.94 - 0.0095 * longest), bottom=0.12, top=0.97)
+    pad = 0.05 * math.log(rates[-1] / rates[0])
+    axes.set_xlim(rates[0] * math.exp(-pad), rates[-1] * math.exp(pad))
+    if rate_axis(axes, rates):
+        figure.subplots_adjust(bottom=0.19)
+    top = limit_losses(axes, sweep)
+    look, gap = looks(experiment), float(np.diff(np.log(rates)).min())
+    arrows, step = arrow_shifts(sweep, 0.35 * pad, gap), min(0.12 * pad, 0.5 * gap / len(shown))
+    paths = [
+        draw_family(axes, family, look[family.name], sweep, top, arrows, step * (k - (len(shown) - 1) / 2))
+        for k, family in enumerate(shown)
+    ]
+    axes.set(xlabel="peak learning rate", ylabel="final validation loss (nats per token)")
+    label_near(axes, paths, [family.variants[-1].rate < rates[-1] for family in shown])
+    return figure
+
+
+def limit_losses(axes: Axes, sweep: Sweep) -> float:
+    """Limits the axis to what is not far above the rest; returns where the arrowheads of the others stand."""
+    losses = [loss for family in sweep.drawn for v in family.variants for loss in v.losses.values()]
+    near = [loss for loss in losses if loss <= sweep.limit]
+    margin = 0.06 * max(max(near) - min(near), 1e-4)
+    top = max(near) + (3.5 if len(near) < len(losses) else 1) * margin
+    axes.set_ylim(min(near) - 1.5 * margin, top)
+    return top - 0.7 * margin
+
+
+def arrow_shifts(sweep: Sweep, step: float, gap: float) -> dict[tuple[str, float], float]:
+    """By arm and rate, how far the arrowheads of one rate stand to the side, in ln(rate), so that all are seen.
+
+    A step apart, but within the gap between rates.
+    """
+    outside = [(family.name, v.rate) for family in sweep.drawn for v in family.variants if sweep.far_seeds(v)]
+    shifts: dict[tuple[str, float], float] = {}
+    for rate in {rate for _, rate in outside}:
+        names = [name for name, at in outside if at == rate]
+        apart = min(step, 0.8 * gap / len(names))
+        shifts |= {(name, rate): apart * (k - (len(names) - 1) / 2) for k, name in enumerate(names)}
+    return shifts
+
+
+def draw_family(
+    axes: Axes,
+    family: Family,
+    look: Look,
+    sweep: Sweep,
+    top: float,
+    arrows: dict[tuple[str, float], float],
+    aside: float,
+) -> Path:
+    """Seeds (small dots, so far aside), means, the best one (ring), and arrowheads at `top` for what is far."""
+    rates, means = np.array([(v.rate, v.mean) for v in family.variants]).T
+    inside = np.array([sweep.far_seeds(v) == 0 for v in family.variants])
+    beside = np.array([v.rate * math.exp(arrows.get((family.name, v.rate), 0)) for v in family.variants])
+    x, y = np.where(inside, rates, beside), np.where(inside, means, top)
+    for k in range(len(x) - 1):
+        if inside[k] and inside[k + 1]:
+            axes.plot(x[k : k + 2], y[k : k + 2], color=look.colour, linestyle=look.style)
+        elif inside[k] or inside[k + 1]:
+            axes.plot(x[k : k + 2], y[k : k + 2], color=look.colour, linestyle=DOTTED, linewidth=0.8, alpha=0.7)
+    axes.plot(x[inside], y[inside], "o", color=look.colour, markersize=3.5)
+    axes.plot(x[~inside], y[~inside], "^", color=look.colour, markersize=6, clip_on=False)
+    several = [v for v in family.variants if len(v.losses) > 1]
+    seeds = [(v.rate * math.exp(aside), loss) for v in several for loss in v.losses.values() if loss <= sweep.limit]
+    dots = np.reshape(seeds, (-1, 2))
+    axes.plot(*dots.T, ".", color=look.colour, markersize=4.5, alpha=0.6, markeredgewidth=0)
+    if family.is_tuned and sweep.far_seeds(family.best) == 0:
+        axes.plot(family.best.rate, family.best.mean, "o", color=look.colour, markersize=9, fillstyle="none")
+    return Path(x, y, dots, family.name, look.colour)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from gnslog import format_tokens
 
 from .captions import Caption
 from .command import command
+from .drawing import rate_name
 from .results import QUARTERS, Result, Results, at_quarters, notes
 from .runs import Arm, Experiment
 from .savings import NOTHING, Interval, t_interval
+from .sweep import Family, Sweep
 from .words import duration, loss_verdict, nats, number, saving_verdict, several, share, summary
 
 STYLE = """
@@ -112,6 +114,37 @@ def final_table(experiment: Experiment, results: Results) -> str:
     )
     header = ["final loss", *(name for name, _ in columns), "n", f"against {reference}"]
     return table(header, rows, (5,)) + paragraph(text) if rows else ""
+
+
+def sweep_section(sweep: Sweep | None) -> str:
+    """Each arm at its own best learning rate."""
+    if sweep is None:
+        return ""
+    rival = sweep.best_constant
+    less = f"less that of {rival.name} at {rate_name(rival.best.rate)}" if rival else "less the best constant's"
+    header = ["arm", "rates run", "best rate", "of those run", "final loss", "seeds", less, "n", "verdict"]
+    text = (
+        "Finished runs only. The best rate of an arm is the peak learning rate with the lowest mean final loss of "
+        "those that were run, "
+        "among the rates with the most seeds (of equal means the lower one); in parentheses, seeds of rates with "
+        "fewer. The best constant batch is chosen in the same way, after the fact, among the arms of constant batch, "
+        "each at its best rate. Difference: final loss at the arm's best rate less that of the best constant batch at "
+        "its own, in nats per token, negative where the arm is better: mean over the n seeds that both have finished, "
+        "with its 95% t interval. Choosing the lowest of several means flatters arms with many rates a little. Where "
+        "the best rate is the lowest or the highest run, a better one may lie beyond; an arm with one rate is not "
+        "tuned."
+    )
+    rows = [sweep_row(sweep, family) for family in sweep.families]
+    return f"<h2>Each arm at its own best learning rate</h2>{table(header, rows, (3, 8))}{paragraph(text)}"
+
+
+def sweep_row(sweep: Sweep, family: Family) -> list[str]:
+    i, best = sweep.against_best(family), family.best
+    most = len(best.losses)
+    rates = [rate_name(v.rate) + (f" ({len(v.losses)})" if len(v.losses) < most else "") for v in family.variants]
+    found = "the best constant batch" if family is sweep.best_constant else loss_verdict(i)
+    numbers = [number(best.mean, 4), str(most), nats(i), str(i.n) if i.n else "–"]
+    return [family.name, ", ".join(rates), rate_name(best.rate), family.edge, *numbers, found]
 
 
 def quarters_table(experiment: Experiment, results: Results, of_time: bool) -> str:
@@ -241,6 +274,7 @@ def page(experiment: Experiment, results: Results, pictures: Sequence[Picture]) 
         f"<ul class=note>{remarks}</ul>" if remarks else "",
         "" if experiment.is_single else f"<h2>Arms</h2>{arms_table(experiment)}",
         f"<h2>Final loss</h2>{final}" if final else "",
+        sweep_section(results.sweep),
         along_section(experiment, results),
         worth_section(experiment, results),
         "<h2>Figures</h2>",

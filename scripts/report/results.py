@@ -3,6 +3,7 @@
     against...     difference of the final losses, in nats per token, seed by seed
     along          savings at equal loss along the run, as the paper reads them (arXiv 2411.00999)
     fitted         runs on another budget with the whole schedule fitted to it: the honest savings, and their price
+    sweep          each arm at its own best learning rate, where several were run
     worth          what any arm's final loss is worth in tokens, by the reference's own final losses on several budgets
 
 The best constant batch is chosen after the fact, as the arm of constant batch and full budget with the lowest mean
@@ -18,6 +19,7 @@ import numpy as np
 
 from .runs import Arm, Experiment, Run
 from .savings import NOTHING, Interval, Pair, SavingsAlong, Worth, saved_share, savings_along, t_interval, worth
+from .sweep import Sweep, read_sweep
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of the reference's budget, at which the tables read the savings along the run
 
@@ -58,6 +60,7 @@ class Results:
     best_constant: Arm | None
     arms: list[Result]  # all but the reference
     fitted: list[Fitted]
+    sweep: Sweep | None
 
 
 def compare(experiment: Experiment) -> Results:
@@ -77,7 +80,8 @@ def compare(experiment: Experiment) -> Results:
                 None if repeats_reference else worth_saved(experiment.reference, arm, lines),
             )
         )
-    return Results(best, results, [fitted(experiment, arm) for arm in experiment.others if experiment.original(arm)])
+    repeats = [fitted(experiment, arm) for arm in experiment.others if experiment.original(arm)]
+    return Results(best, results, repeats, read_sweep(experiment))
 
 
 def fitted(experiment: Experiment, arm: Arm) -> Fitted:

@@ -15,6 +15,7 @@ That is checked (PAIRED, in config.json); an experiment in which it does not hol
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ COLUMNS = ("step", "train/lossf", "val/loss", "dt", "lr", "tokens_processed", "b
 
 # What two runs of a pair have in common: initial weights, data and its order, and what the loss is measured on.
 PAIRED = ("seed", "model-shape", "init", "init-from", "seq-len", "train-data", "val-data", "val-tokens")
+LEARNING_RATE = r"@lr(\d*\.?\d+(?:e-?\d+)?)"  # in the name of an arm
 FILES = ("train-data", "val-data", "init-from")  # compared by name: the same file lies elsewhere on another machine
 
 
@@ -156,6 +158,18 @@ class Arm:
         """One of a sweep over learning rates: <arm>@lr<x>."""
         return "@" in self.name
 
+    @property
+    def stem(self) -> str:
+        """The name without its learning rate: that of the arm whose variant this is."""
+        return re.sub(LEARNING_RATE, "", self.name)
+
+    @cached_property
+    def rate(self) -> float:
+        """The peak learning rate, to six digits; NaN if neither config.json nor the name says it."""
+        named = re.search(LEARNING_RATE, self.name)
+        rate = self.first.number("lr")
+        return float(f"{float(named[1]) if math.isnan(rate) and named else rate:.6g}")
+
     def finished(self) -> dict[int, Run]:
         return {seed: run for seed, run in self.runs.items() if math.isfinite(run.final_loss)}
 
@@ -179,6 +193,12 @@ class Experiment:
     @property
     def is_single(self) -> bool:
         return len(self.arms) == 1 and len(self.reference.runs) == 1
+
+    @cached_property
+    def by_stem(self) -> list[Arm]:
+        """In the plan's order, but the variants of an arm together, by learning rate (unknown ones last)."""
+        stems = list(dict.fromkeys(arm.stem for arm in self.arms))
+        return sorted(self.arms, key=lambda arm: (stems.index(arm.stem), math.isnan(arm.rate), arm.rate, arm.name))
 
     def arm(self, name: str) -> Arm | None:
         return next((arm for arm in self.arms if arm.name == name), None)

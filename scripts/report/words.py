@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from gnslog import format_tokens
 
+from .drawing import rate_name
 from .results import Fitted, Results, at_quarters
 from .runs import Arm, Experiment, Run
 from .savings import Interval
+from .sweep import Family, Sweep
 
 
 def number(x: float, digits: int, sign: str = "") -> str:
@@ -81,6 +83,7 @@ def summary(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
     parts = [
         ("The experiment", describe_experiment(experiment)),
         ("Final loss", final_words(experiment, results)),
+        ("At each arm's best learning rate", sweep_words(results.sweep)),
         ("Saved along the run", along_words(experiment, results)),
         ("Saved at the end", worth_words(experiment, results)),
     ]
@@ -156,11 +159,62 @@ def final_words(experiment: Experiment, results: Results) -> str:
         return "No pair of runs has finished: there are no final losses to compare."
     reference, best = experiment.reference, results.best_constant
     text = f"Against {reference.name}, in nats per token, {grouped(found)}"
+    if results.sweep is not None:
+        return text  # the best constant batch is compared with at each one's best rate: sweep_words()
     if best is reference:
         return f"{text} No constant batch had a lower mean loss than {reference.name}."
     if best is None or not rivals:
         return text
     return f"{text} Against the best constant batch, that of {best.name}, chosen after the fact, {grouped(rivals)}"
+
+
+def at_best(family: Family) -> str:
+    return f"{family.name} at {rate_name(family.best.rate)}"
+
+
+def sweep_words(sweep: Sweep | None) -> str:
+    """Whether growing batches beat the best constant one, each at its best rate."""
+    if sweep is None:
+        return ""
+    rival, tuned = sweep.best_constant, [family for family in sweep.families if family.is_tuned]
+    if rival is None:
+        parts = ["No constant batch has finished."]
+    else:
+        parts = [f"The best constant batch is that of {at_best(rival)}, with a mean loss of {rival.best.mean:.4f}."]
+        parts += rival_words(sweep, [family for family in tuned if not family.is_constant])
+    for edge in ("lowest", "highest"):
+        names = [at_best(family) for family in tuned if family.edge == edge]
+        if names:
+            parts.append(
+                f"The best rate is the {edge} that was run, and a better one may lie beyond: {several(names)}."
+            )
+    promising = [f"{f.name} at {rate_name(v.rate)}" for f in sweep.families for v in f.promising]
+    if promising:
+        parts.append(
+            "With too few seeds to be chosen, but better than the chosen rate in those they share: "
+            f"{several(promising)}."
+        )
+    untuned = [family.name for family in sweep.families if not family.is_tuned]
+    if untuned:
+        parts.append(f"Run at one rate only, and so perhaps not at their best: {several(untuned)}.")
+    return " ".join(parts)
+
+
+def rival_words(sweep: Sweep, growing: Sequence[Family]) -> list[str]:
+    """How growing batches compare with the best constant one."""
+    found = []
+    for family in growing:
+        i = sweep.against_best(family)
+        found += [Finding(rival_verdict(i), at_best(family), nats(i) if i.sign != 0 else "", i.n)] if i.n > 0 else []
+    if not found:
+        return ["No growing batch has been run at several rates and has a seed in common with it."]
+    is_won = any(f.verdict == rival_verdict(Interval(-1, -1, -1, 2)) for f in found)
+    nothing = "" if is_won else " No growing batch is shown to beat it."
+    return [f"Against it, in nats per token, each at the best of the rates run with it, {grouped(found)}{nothing}"]
+
+
+def rival_verdict(i: Interval) -> str:
+    return verdict(i, "worse than the best constant batch", "beats the best constant batch", "no difference shown")
 
 
 def along_words(experiment: Experiment, results: Results) -> str:
