@@ -78,7 +78,7 @@ class Size:
 SIZES = {
     "tiny": Size(
         model="L=2,H=2,C=64,T=64", layers=2, channels=64, seq_len=64, vocab=None, model_options={}, budget=None,
-        lr=3e-3, batch=32, start=4, constants=(4, 8, 20, 64), quantum=1, micro_batch=16, val_tokens=65_536,
+        lr=6e-3, batch=32, start=4, constants=(4, 8, 20, 64), quantum=1, micro_batch=16, val_tokens=65_536,
         val_tokens_needed=64, evaluations=20, checkpoints=10, log_tensors="off", arms="fixed,ramp,gns", seeds="1-2",
         speed=60e3, machine="two CPU cores",
     ),

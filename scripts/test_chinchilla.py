@@ -254,13 +254,13 @@ def test_plan_file() -> None:
     require_run(0, *SMALL_RUN, "--arms", "halflife,fixed", "--seeds", "2", "--lr-sweep", "0.5")
     require_run(0, *SMALL_RUN, "--arms", "fixed", "--arm", "root=gns --gns-power 0.5", "--seeds", "5")
     plan = json.loads(Path("e/plan.json").read_text())
-    names = ["halflife", "fixed", "halflife@lr0.0015", "fixed@lr0.0015", "root"]
+    names = ["halflife", "fixed", "halflife@lr0.003", "fixed@lr0.003", "root"]
     require_equal([arm["name"] for arm in plan["arms"]], names, "arms")
     require_equal((plan["schema"], plan["seeds"], plan["budget"]), (1, [2, 5], 200_000), "schema, seeds, budget")
     options = {arm["name"]: arm["options"] for arm in plan["arms"]}
     require("beta2" not in options["halflife"] and options["fixed"]["beta2"] == "0.95", "beta2")
     require_equal(options["halflife"]["beta2-half-life"], "27675", "half-life: 2048 ln 2 / -ln 0.95")
-    require_equal(options["fixed@lr0.0015"], options["fixed"] | {"lr": "0.0015"}, "options of a sweep")
+    require_equal(options["fixed@lr0.003"], options["fixed"] | {"lr": "0.003"}, "options of a sweep")
     require_equal((options["root"]["gns-power"], options["root"]["batch-max"]), ("0.5", "32"), "options of one's own")
     expected = {f"{name}/seed2" for name in names[:-1]} | {"fixed/seed5", "root/seed5"}
     require_equal(sorted(calls()), sorted(expected), "runs")
