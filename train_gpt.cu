@@ -474,9 +474,10 @@ static void send_tokens(GPT* g, const int* tokens, const int* targets, int B, in
         int** more = (int**)alloc_zeroed((size_t)g->num_slots + 1, sizeof(int*), "micro-batches");
         for (int i = 0; i < g->num_slots; i++) { more[i] = g->slot[i]; }
         if (cudaMallocHost((void**)&more[g->num_slots], 2 * g->max_N * sizeof(int)) != cudaSuccess) {
-            fatal("CUDA: no pinned memory for the tokens of micro-batch %d of a step; take larger ones (-b) or a smaller "
-                  "batch (-d)",
-                  g->num_slots + 1);
+            fatal(
+                "CUDA: no pinned memory for the tokens of micro-batch %d of a step; take larger ones (-b) or a smaller "
+                "batch (-d)",
+                g->num_slots + 1);
         }
         free(g->slot);
         g->slot = more;
