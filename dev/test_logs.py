@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +24,9 @@ from gnslog import (GROUPS, WTE, Array, Components, LogError, Parser, component_
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "test"))
-from suite import check, summary  # noqa: E402
+from suite import check, check_raises, summary  # noqa: E402
+
+check_refused = partial(check_raises, LogError)
 
 TENSORS = (WTE, "transformer.wpe.weight", "transformer.h.0.ln_1.weight", "transformer.h.0.attn.c_proj.weight",
            "transformer.h.0.mlp.c_fc.bias")
@@ -42,17 +43,6 @@ def check_near(found: Array, expected: Array, tolerance: float, what: str) -> No
     """Absolute."""
     worst = float(np.max(np.abs(found - expected)))
     check(worst <= tolerance, f"{what}: expected a difference of at most {tolerance:g}, found {worst:g}")
-
-
-def check_refused(action: Callable[[], object], *words: str) -> None:
-    """A LogError of one line with these words in it."""
-    try:
-        action()
-    except LogError as error:
-        text = str(error)
-        check("\n" not in text and all(word in text for word in words), f"expected {words} in '{text}'")
-    else:
-        check(False, f"expected a LogError with {words}, found none")
 
 
 def tool(name: str, *args: object) -> tuple[int, str, str]:

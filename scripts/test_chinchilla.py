@@ -29,7 +29,7 @@ from chinchilla_plan import Mistake
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "dev/test"))
-from suite import run_tests  # noqa: E402
+from suite import require, run_tests  # noqa: E402
 
 TRAINER = ROOT / "train_gpt"
 SMALL_RUN = ["tiny", "--budget", "200K", "--progress-every", "0.2"]
@@ -91,11 +91,6 @@ save()
 note("gpus.txt", gpu, "ends", name)
 print("finished" if tokens >= budget else "stopped")
 """
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
 
 
 def require_equal(found: object, expected: object, what: str) -> None:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,9 @@ from gnslog import GROUPS, LogError
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "dev/test"))
-from suite import check, summary  # noqa: E402
+from suite import check, check_raises, summary  # noqa: E402
+
+check_refused = partial(check_raises, LogError)
 
 BUDGET, LENGTH = 1_000_000.0, 64
 
@@ -57,17 +60,6 @@ def check_close(found: Array | float, expected: Array | float, tolerance: float,
     found, expected = np.asarray(found, float), np.asarray(expected, float)
     good = found.shape == expected.shape and np.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
     check(good, f"{what}: expected {expected}, found {found}")
-
-
-def check_refused(action: Callable[[], object], *words: str) -> None:
-    """A LogError of one line with these words in it."""
-    try:
-        action()
-    except LogError as error:
-        text = str(error)
-        check("\n" not in text and all(word in text for word in words), f"expected {words} in '{text}'")
-    else:
-        check(False, f"expected a LogError with {words}, found none")
 
 
 def report(*args: object) -> subprocess.CompletedProcess[str]:

@@ -39,7 +39,7 @@ from vocabulary import byte_characters, read_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "dev/test"))
-from suite import run_tests  # noqa: E402
+from suite import require, run_tests  # noqa: E402
 
 PROGRAM = Path(tokenize_data.__file__)
 GPT2_PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -148,11 +148,6 @@ def call(*arguments: str) -> tuple[int, str, str]:
         except SystemExit as ended:
             status = ended.code
     return status, out.getvalue(), err.getvalue()
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
 
 
 def require_success(result: tuple[int, str, str]) -> str:

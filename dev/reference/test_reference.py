@@ -35,7 +35,7 @@ from initial_weights import initial_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "dev/test"))
-from suite import run_tests  # noqa: E402
+from suite import require, run_tests  # noqa: E402
 
 DATA = ["-i", "data/readme_train.bin"]
 EVERY_STEP = ["--checkpoint-every", "1tokens", "--keep", "0"]
@@ -117,11 +117,6 @@ def run_check(*arguments: str) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = check.main(list(arguments))
     return status, out.getvalue(), err.getvalue()
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
 
 
 def require_agreement(quantities: set[str], *arguments: str) -> str:

@@ -1,9 +1,9 @@
 """What Python test programs share: counting, of whole tests or of single checks.
 
 run_tests() runs a list of tests in a temporary folder. A test is a function, whose name begins with test_, and its
-arguments. It fails by an exception; what an AssertionError says is shown, of any other exception all. Programs that count
-their checks call check() for each and summary() at the end. The last line is `N passed, N failed`, as dev/test/run.sh
-expects it.
+arguments. It fails by an exception; what an AssertionError says is shown, of any other exception all. Programs that
+count their checks call check() or check_raises() for each and summary() at the end; other tests call require(). The
+last line is `N passed, N failed`, as dev/test/run.sh expects it.
 """
 
 import os
@@ -22,10 +22,26 @@ def check(good: bool, what: str) -> None:
         print(f"FAILED: {what}")
 
 
+def check_raises(kind: type[Exception], action: Callable[[], object], *words: str) -> None:
+    """An exception of this kind, which says one line with these words in it."""
+    try:
+        action()
+    except kind as error:
+        text = str(error)
+        check("\n" not in text and all(word in text for word in words), f"expected {words} in '{text}'")
+    else:
+        check(False, f"expected a {kind.__name__} with {words}, found none")
+
+
 def summary() -> int:
     """Prints how many checks passed and failed; returns the exit status."""
     print(f"{counts[True]} passed, {counts[False]} failed")
     return 1 if counts[False] > 0 else 0
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
 
 
 def title(test: Callable, arguments: Sequence) -> str:
