@@ -302,17 +302,22 @@ class Progress:
         self.every = 1.0 if self.terminal else every
         self.began = self.shown = 0.0  # when the first run began; when the line was last shown
         self.trained = 0  # tokens, by this program in runs that have ended
+        self.tokens: dict[Run, int] = {}  # of all runs, when one was last begun or ended
         self.at_hand: dict[Run, int] = {}  # with the tokens that each began from
 
-    def tokens(self, run: Run) -> int:
-        return read_position(self.experiment.folder(run)).tokens
+    def position(self, run: Run) -> Position:
+        return read_position(self.experiment.folder(run))
+
+    def read_tokens(self) -> None:
+        self.tokens = {run: self.position(run).tokens for run in self.runs}
 
     def say(self, text: str) -> None:
         write(f"\r\x1b[K{text}" if self.terminal else text)
 
     def start(self, run: Run) -> None:
         now = time.monotonic()
-        self.at_hand[run] = self.tokens(run)
+        self.read_tokens()
+        self.at_hand[run] = self.tokens[run]
         self.began = self.began or now
         self.shown = max(self.shown, now - self.every + 1)  # its first line comes after a second
 
@@ -322,11 +327,12 @@ class Progress:
         return f"{self.runs.index(run) + 1}/{len(self.runs)} {run} {state}"
 
     def line(self) -> str:
-        positions = {run: read_position(self.experiment.folder(run)) for run in self.runs}
         at_hand = dict(self.at_hand)
+        positions = {run: self.position(run) for run in at_hand}
+        tokens = self.tokens | {run: position.tokens for run, position in positions.items()}
         budgets = {run: self.experiment.budget(run) for run in self.runs}
-        planned, done = sum(budgets.values()), sum(min(positions[run].tokens, budgets[run]) for run in self.runs)
-        trained = self.trained + sum(max(0, positions[run].tokens - start) for run, start in at_hand.items())
+        planned, done = sum(budgets.values()), sum(min(tokens[run], budgets[run]) for run in self.runs)
+        trained = self.trained + sum(max(0, tokens[run] - start) for run, start in at_hand.items())
         speed = trained / max(1e-9, time.monotonic() - self.began)
         eta = format_duration((planned - done) / speed) if speed > 0 else "--"
         total = f"all {100 * done / planned:.1f}% of {format_count(planned)} tokens"
@@ -345,7 +351,8 @@ class Progress:
             write(text)
 
     def finish(self, run: Run) -> None:
-        self.trained += max(0, self.tokens(run) - self.at_hand.pop(run))
+        self.read_tokens()
+        self.trained += max(0, self.tokens[run] - self.at_hand.pop(run))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -373,8 +380,10 @@ class Stop:
         self.trainers.append(trainer)
         if self.requested:
             trainer.send_signal(signal.SIGINT)
-        yield
-        self.trainers.remove(trainer)
+        try:
+            yield
+        finally:
+            self.trainers.remove(trainer)
 
 
 @dataclass
@@ -459,7 +468,8 @@ class Session:
                     return run
                 if not self.active:
                     return None
-                self.changed.wait(0.5)
+                while not self.stop.requested and not self.changed.wait(0.5):
+                    pass  # looking at all runs again would find the same
         return None
 
     def work(self, gpu: int | None) -> None:

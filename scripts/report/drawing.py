@@ -18,6 +18,7 @@ WIDTH = 7.0  # inches, of a page of text
 POINTS = 1500  # of a curve; more cannot be told apart on paper
 COLOURS = (BLUE, GREEN, PURPLE, SKY, YELLOW)  # of arms; orange is the noise scale of the LayerNorms
 DASHED, DOTTED, DASH_DOTTED = (0, (4, 1.5)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5))
+LEADER = {"arrowstyle": "-", "linewidth": 0.5, "alpha": 0.6}  # from a line to its name
 CONSTANTS = ("-", (0, (6, 1.5)), (0, (3, 1.5)), (0, (1, 1.5)))
 
 plt.rcParams.update({"svg.hashsalt": "report", "axes.axisbelow": True})
@@ -100,15 +101,7 @@ def label_ends(axes: Axes, labels: Sequence[Label]) -> None:
     ends = np.clip(to_axes.transform(np.reshape([(label.x, label.y) for label in labels], (-1, 2))), 0, 1)
     places = spread(ends[:, 1], np.array([line * (1 + label.text.count("\n")) for label in labels]))
     for label, end, place in zip(labels, ends, places):
-        arrow = {
-            "arrowstyle": "-",
-            "color": label.colour,
-            "linewidth": 0.5,
-            "alpha": 0.6,
-            "shrinkA": 1,
-            "shrinkB": 1,
-            "relpos": (0, 0.5),
-        }
+        arrow = LEADER | {"color": label.colour, "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)}
         axes.annotate(label.text, end, (1.04, place), "axes fraction", "axes fraction", color=label.colour,
                       fontsize=size, va="center", annotation_clip=False, arrowprops=arrow)  # fmt: skip
 
@@ -160,7 +153,7 @@ def label_near(axes: Axes, paths: Sequence[Path], named: Sequence[bool]) -> None
             continue
         box, point, is_far = found
         (x, y), (u, v) = ((at - window.p0) / window.size for at in (box.mean(axis=0), point))
-        arrow = {"arrowstyle": "-", "color": path.colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+        arrow = LEADER | {"color": path.colour, "shrinkA": 0, "shrinkB": 3}
         axes.annotate(path.text, (u, v), (x, y), "axes fraction", "axes fraction", color=path.colour, fontsize=8,
                       ha="center", va="center", arrowprops=arrow if is_far else None)  # fmt: skip
         taken = np.concatenate([taken, *(dense(box * [1, 0] + [0, at], unit) for at in np.linspace(*box[:, 1], 5))])

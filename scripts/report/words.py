@@ -13,7 +13,7 @@ from gnslog import format_tokens
 
 from .drawing import rate_name
 from .results import Fitted, Results, at_quarters
-from .runs import Arm, Experiment, Run
+from .runs import Experiment, Run
 from .savings import Interval
 from .sweep import Family, Sweep
 
@@ -143,9 +143,9 @@ def grouped(findings: Sequence[Finding]) -> str:
     return "; ".join(parts) + (f" (n = {findings[0].n})." if same_n else ".")
 
 
-def finding(arm: Arm, i: Interval, verdict: str, numbers: str) -> list[Finding]:
+def finding(arm: str, i: Interval, verdict: str, numbers: str) -> list[Finding]:
     """None where nothing was measured."""
-    return [Finding(verdict, arm.name, numbers if i.sign != 0 else "", i.n)] if i.n > 0 else []
+    return [Finding(verdict, arm, numbers if i.sign != 0 else "", i.n)] if i.n > 0 else []
 
 
 def final_words(experiment: Experiment, results: Results) -> str:
@@ -154,7 +154,7 @@ def final_words(experiment: Experiment, results: Results) -> str:
     for r in results.arms:
         if not r.arm.is_sweep and experiment.original(r.arm) is None:
             for findings, i in ((found, r.against_reference), (rivals, r.against_best)):
-                findings += finding(r.arm, i, loss_verdict(i), nats(i))
+                findings += finding(r.arm.name, i, loss_verdict(i), nats(i))
     if not found:
         return "No pair of runs has finished: there are no final losses to compare."
     reference, best = experiment.reference, results.best_constant
@@ -202,13 +202,14 @@ def sweep_words(sweep: Sweep | None) -> str:
 
 def rival_words(sweep: Sweep, growing: Sequence[Family]) -> list[str]:
     """How growing batches compare with the best constant one."""
-    found = []
+    found: list[Finding] = []
+    is_won = False
     for family in growing:
         i = sweep.against_best(family)
-        found += [Finding(rival_verdict(i), at_best(family), nats(i) if i.sign != 0 else "", i.n)] if i.n > 0 else []
+        found += finding(at_best(family), i, rival_verdict(i), nats(i))
+        is_won |= i.sign < 0
     if not found:
         return ["No growing batch has been run at several rates and has a seed in common with it."]
-    is_won = any(f.verdict == rival_verdict(Interval(-1, -1, -1, 2)) for f in found)
     nothing = "" if is_won else " No growing batch is shown to beat it."
     return [f"Against it, in nats per token, each at the best of the rates run with it, {grouped(found)}{nothing}"]
 
@@ -228,7 +229,7 @@ def along_words(experiment: Experiment, results: Results) -> str:
         if r.along.missed[last]:
             by_tokens.append(Finding("no saving, the loss was never reached", r.arm.name, "", len(r.arm.runs)))
         for findings, i in ((by_tokens, r.along.tokens[last]), (by_seconds, r.along.seconds[last])):
-            findings += finding(r.arm, i, saving_verdict(i), share(i))
+            findings += finding(r.arm.name, i, saving_verdict(i), share(i))
     if not by_tokens:
         return ""
     where = "final" if experiment.reference.finished() else "latest"
@@ -249,7 +250,8 @@ def worth_words(experiment: Experiment, results: Results) -> str:
         if r.worth is None or r.arm.is_sweep:
             continue
         for findings, i in ((by_tokens, r.worth.tokens), (by_seconds, r.worth.seconds)):
-            findings += finding(r.arm, i, saving_verdict(i), share(i) + (" (prolonged)" if r.worth.beyond else ""))
+            prolonged = " (prolonged)" if r.worth.beyond else ""
+            findings += finding(r.arm.name, i, saving_verdict(i), share(i) + prolonged)
         untold += [r.arm.name] if r.worth.worthless else []
     reference = experiment.reference.name
     parts = [fitted_words(f, reference) for f in results.fitted if f.against_reference.n > 0]
