@@ -160,7 +160,8 @@ typedef struct {
     double* partial; // (MATMUL_MAX_BLOCKS) on the device
     cudaEvent_t start, stop;
     MatmulPlan* plan; // (MATMUL_PLANS), in the order of their first uses
-    int num_plans, num_timed;
+    int num_plans;
+    int num_timed;                 // shapes, whether their plans are still here or not
     uint16_t place[MATMUL_PLACES]; // 1 + the number of a plan, at the hash of its shape or after that; 0: free
 } MatmulPlans;
 
@@ -363,7 +364,7 @@ static inline void matmul_choose(MatmulPlans* mm, MatmulPlan* plan, const Matmul
     const bool fp32 = p->shape.fp32_out || sizeof(floatX) == 4;
     cublasLtMatmulHeuristicResult_t found[MATMUL_CANDIDATES];
     const int count = matmul_candidates(mm, plan, found);
-    plan->algo = found[0].algo;
+    if (plan->uses == 0) { plan->algo = found[0].algo; }
     if (size < (size_t)(fp32 ? 1 << 14 : 1 << 21)) { return; }
     void* scratch = NULL;
     if (p->shape.add && cudaMalloc(&scratch, size) != cudaSuccess) {
