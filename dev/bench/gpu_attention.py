@@ -93,7 +93,8 @@ def main() -> int:
         ratios = [b[key] / a[key] for a, b in zip(ours, theirs)]
         a, b = (statistics.median(times[key] for times in runs) for runs in (ours, theirs))
         title = f"{what:<9}B {B}, {NH} heads, T {T}, d {HS}"
-        print(f"{title:<44}{a:>7.0f} us{b:>7.0f} us  {statistics.fmean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        spread = f"{statistics.fmean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        print(f"{title:<44}{a:>7.0f} us{b:>7.0f} us  {spread}")
     return 0
 
 
