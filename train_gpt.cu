@@ -39,6 +39,7 @@ typedef struct {
     floatX* norm1;                                    // (B, T, C) the first LayerNorm's output; not kept: scratch
     floatX* qkv;                                      // (B, T, 3, NH, HS)
     floatX* att;                                      // (B, T, C) attention's output before its projection
+    floatX* att_remainder;                            // (B, T, C) what rounding took from it; NULL in fp32
     floatX* residual_mid;                             // (B, T, C) the residual stream between attention and MLP
     floatX* norm2;                                    // (B, T, C) the second LayerNorm's output; not kept: scratch
     floatX* fch;                                      // (B, T, 4C) before GELU
@@ -181,6 +182,7 @@ static void gpt_layout(GPT* g, Arena arena[NUM_MEMS]) {
         arena_take(a, &b->residual_mid, N * C);
         arena_take(a, &b->qkv, 3 * N * C);
         arena_take(a, &b->att, N * C);
+        if (sizeof(floatX) != sizeof(float)) { arena_take(a, &b->att_remainder, N * C); }
         arena_take(a, &b->fch, 4 * N * C);
         b->norm1 = b->norm2 = g->norm;
         b->hidden = g->hidden;
@@ -346,7 +348,7 @@ static void block_forward(GPT* g, int l, int B, int T) {
     const int N = B * T, C = g->config.channels;
     BlockActivations* a = &g->block[l];
     linear_forward(g, a->qkv, NULL, a->norm1, QKVW, QKVB, l, N);
-    attention_forward(a->att, a->lse, a->qkv, g->scratch, block_attention(g, l, B, T), g->stream);
+    attention_forward(a->att, a->att_remainder, a->lse, a->qkv, g->scratch, block_attention(g, l, B, T), g->stream);
     mark(g, PART_ATTENTION, PASS_FORWARD, attention_flops(g, B, T), 0);
     linear_forward(g, g->branch, NULL, a->att, ATTPROJW, ATTPROJB, l, N);
     norm_forward(g, a->residual_mid, a->norm2, a->ln2_mean, a->ln2_rstd, a->residual_in, g->branch, LN2W, LN2B, l, N);
@@ -441,8 +443,8 @@ static void block_backward(GPT* g, int l, int B, int T) {
     // attention
     linear_backward_weight(g, g->dresidual, a->att, ATTPROJW, ATTPROJB, l, mult, B, T);
     linear_backward_input(g, g->branch, NULL, g->dresidual, ATTPROJW, l, mult, N);
-    attention_backward(g->dhidden, g->branch, a->att, a->lse, a->qkv, g->scratch, block_attention(g, l, B, T),
-                       g->stream);
+    attention_backward(g->dhidden, g->branch, a->att, a->att_remainder, a->lse, a->qkv, g->scratch,
+                       block_attention(g, l, B, T), g->stream);
     mark(g, PART_ATTENTION, PASS_BACKWARD, 2.5 * attention_flops(g, B, T), 0);
     norm_again(g, a->norm1, a->residual_in, a->ln1_mean, a->ln1_rstd, LN1W, LN1B, l, N);
     linear_backward_weight(g, g->dhidden, a->norm1, QKVW, QKVB, l, 1, B, T);

@@ -20,9 +20,14 @@ dq has a kernel of its own, which computes the scores once more: seven products 
 
 This file chooses among them and launches.
 
-Bytes: forward reads qkv and writes out, B*T*C * 4 activations, plus lse; backward reads qkv twice, dout three times
-and out once, and writes dqkv. Floor: the products, 4*B*NH*T*T*HS/2 operations forward and 2.5 times that backward (the
-seven products make 3.5).
+In bf16 the forward pass also keeps what rounding took from out, as `remainder`, for do_i . o_i alone. With the rounded o_i the
+rows of ds do not add up to zero: every key's score gets a wrong gradient of one sign, which does not average out where the keys
+have much in common, and a run at a high learning rate can explode (Qiu & Yao 2025, arXiv 2510.04212; the README has a
+measurement of ours).
+
+Bytes: forward reads qkv and writes out and remainder, B*T*C * 5 activations, plus lse; backward reads qkv twice, dout three times
+and out and remainder once, and writes dqkv. Floor: the products, 4*B*NH*T*T*HS/2 operations forward and 2.5 times that backward
+(the seven products make 3.5).
 
 Numerical contract: products of bf16 with fp32 sums; probabilities and ds are rounded to bf16 as operands; the softmax, lse and all
 sums are fp32, and every output is rounded once (under cosine attention also q^, k^ and their gradients, between kernels). The order of
@@ -110,32 +115,35 @@ static inline AttentionInput attention_input(const floatX* qkv, void* scratch, c
     return in;
 }
 
-// out (B, T, NH, HS); lse (B, NH, T): log of the sum of exponentials, for the backward pass; qkv (B, T, 3, NH, HS)
-static inline void attention_forward(floatX* out, float* lse, const floatX* qkv, void* scratch, const Attention& a,
-                                     cudaStream_t stream) {
+// out (B, T, NH, HS); for the backward pass remainder (B, T, NH, HS), what rounding took from out, or NULL, and lse (B, NH, T),
+// the log of the sum of exponentials; qkv (B, T, 3, NH, HS). In fp32 remainder is not written.
+static inline void attention_forward(floatX* out, floatX* remainder, float* lse, const floatX* qkv, void* scratch,
+                                     const Attention& a, cudaStream_t stream) {
     const AttentionInput in = attention_input(qkv, scratch, a, stream);
 #ifndef PRECISION_FP32
-    if (attention_on_hopper(a)) { return attention_forward_hopper(out, lse, in, scratch, a, stream); }
+    if (attention_on_hopper(a)) { return attention_forward_hopper(out, remainder, lse, in, scratch, a, stream); }
 #endif
     attention_with_head_size(a.HS, [&](auto size) {
         constexpr int HS = decltype(size)::value;
-        attention_launch<ForwardBlock<HS>>(attention_forward_kernel<HS>, a, stream, out, lse, in);
+        attention_launch<ForwardBlock<HS>>(attention_forward_kernel<HS>, a, stream, out, remainder, lse, in);
     });
 }
 
-// dqkv (B, T, 3, NH, HS), not over qkv: gradient at qkv (B, T, 3, NH, HS); dout, out (B, T, NH, HS); lse (B, NH, T)
-static inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const float* lse,
-                                      const floatX* qkv, void* scratch, const Attention& a, cudaStream_t stream) {
+// dqkv (B, T, 3, NH, HS), not over qkv: gradient at qkv (B, T, 3, NH, HS); dout, out (B, T, NH, HS); remainder (B, T, NH, HS) or
+// NULL: then delta is that of the rounded out; lse (B, NH, T)
+static inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* remainder,
+                                      const float* lse, const floatX* qkv, void* scratch, const Attention& a,
+                                      cudaStream_t stream) {
     const size_t tokens = (size_t)a.B * a.T;
     const AttentionInput in = attention_input(qkv, scratch, a, stream);
     if (attention_on_hopper(a)) {
 #ifndef PRECISION_FP32
-        attention_backward_hopper(dqkv, dout, out, lse, in, scratch, a, stream);
+        attention_backward_hopper(dqkv, dout, out, remainder, lse, in, scratch, a, stream);
 #endif
     } else {
         float* delta = (float*)scratch;
-        attention_delta_kernel<<<attention_row_blocks(tokens * a.NH), 256, 0, stream>>>(delta, dout, out, a.B, a.T,
-                                                                                        a.NH, a.HS);
+        attention_delta_kernel<<<attention_row_blocks(tokens * a.NH), 256, 0, stream>>>(delta, dout, out, remainder,
+                                                                                        a.B, a.T, a.NH, a.HS);
         cuda_check_launch();
         attention_with_head_size(a.HS, [&](auto size) {
             constexpr int HS = decltype(size)::value;

@@ -41,6 +41,10 @@ __device__ __forceinline__ unsigned pack_bf16(float a, float b) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
     return *reinterpret_cast<const unsigned*>(&pair);
 }
+// What that takes from a and b, itself as bf16.
+__device__ __forceinline__ unsigned pack_remainders(float a, float b) {
+    return pack_bf16(a - (float)(__nv_bfloat16)a, b - (float)(__nv_bfloat16)b);
+}
 
 #endif
 
@@ -63,12 +67,20 @@ __device__ __forceinline__ float quad_dot(const floatX* a, const floatX* b, int 
     return quad_sum(sum);
 }
 
-// delta (B, NH, T) = dout . out for each head; dout, out (B, T, NH, HS)
+// dout . (out + remainder) (HS) over the row's four lanes, in each of them; 0 where not valid. remainder: or NULL
+__device__ __forceinline__ float quad_delta(const floatX* dout, const floatX* out, const floatX* remainder, int HS,
+                                            bool valid) {
+    const float delta = quad_dot(dout, out, HS, valid);
+    return remainder != NULL ? delta + quad_dot(dout, remainder, HS, valid) : delta;
+}
+
+// delta (B, NH, T) of each head; dout, out, remainder (B, T, NH, HS)
 static __global__ __launch_bounds__(256) void attention_delta_kernel(float* delta, const floatX* dout,
-                                                                     const floatX* out, int B, int T, int NH, int HS) {
-    const size_t row = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 4;
+                                                                     const floatX* out, const floatX* remainder, int B,
+                                                                     int T, int NH, int HS) {
+    const size_t row = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 4, at = row * HS;
     const bool valid = row < (size_t)B * T * NH;
-    const float sum = quad_dot(dout + row * HS, out + row * HS, HS, valid);
+    const float sum = quad_delta(dout + at, out + at, remainder != NULL ? remainder + at : NULL, HS, valid);
     if (valid && threadIdx.x % 4 == 0) {
         const size_t token = row / NH, b = token / T;
         delta[(b * NH + row % NH) * T + token % T] = sum;

@@ -51,9 +51,10 @@ template <int HS> __device__ __forceinline__ void store_row(float* row, const fl
     for (int j = 0; j < HS / 8; j++) { row[j * 8 + threadIdx.x % 8] = acc[j] * factor; }
 }
 
-// out (B, T, NH, HS), lse (B, NH, T). One block of threads for 32 queries of a head, the longest first.
+// out (B, T, NH, HS), lse (B, NH, T); out is not rounded. One block of threads for 32 queries of a head, the longest first.
 template <int HS>
-__global__ __launch_bounds__(256, 2) void attention_forward_kernel(float* out, float* lse, AttentionInput in) {
+__global__ __launch_bounds__(256, 2) void attention_forward_kernel(float* out, float* /* remainder */, float* lse,
+                                                                   AttentionInput in) {
     constexpr int LD = Fp32Block<HS>::LD, TILE = 32;
     extern __shared__ float shared[];
     float *q_tile = shared, *k_tile = q_tile + TILE * LD, *v_tile = k_tile + TILE * LD, *p = v_tile + TILE * LD;

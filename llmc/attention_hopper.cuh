@@ -53,8 +53,9 @@ __device__ __forceinline__ void quad_transpose(unsigned (&w)[4]) {
     }
 }
 
-// The warpgroup's rows first .. first + 63, times the factors of rows l / 4 and l / 4 + 8, to x (T, HS in rows of stride).
-template <int HS>
+// The warpgroup's rows first .. first + 63, times the factors of rows l / 4 and l / 4 + 8, to x (T, HS in rows of stride); with
+// REMAINDERS what rounding would take from them.
+template <int HS, bool REMAINDERS = false>
 __device__ __forceinline__ void store_sums(floatX* x, size_t stride, const float (&sum)[HS / 2],
                                            const float (&factor)[2], int first, int T) {
     const int lane = threadIdx.x % WARP;
@@ -68,7 +69,8 @@ __device__ __forceinline__ void store_sums(floatX* x, size_t stride, const float
 #pragma unroll
             for (int n = 0; n < 4; n++) {
                 const int i = column / 2 + n * 4 + half * 2;
-                w[n] = pack_bf16(sum[i] * factor[half], sum[i + 1] * factor[half]);
+                const float a = sum[i] * factor[half], b = sum[i + 1] * factor[half];
+                w[n] = REMAINDERS ? pack_remainders(a, b) : pack_bf16(a, b);
             }
             quad_transpose(w);
             if (t < T) {
@@ -248,11 +250,13 @@ forward_tiles(float (&o)[Shape::HS / 2], ForwardRows& rows, ForwardShared<Shape>
     end_output();
 }
 
-// The warpgroup's rows first .. first + 63 of a head: out (B, T, NH, HS) and lse (B, NH, T) from what forward_tiles left
+// The warpgroup's rows first .. first + 63 of a head: out and remainder (B, T, NH, HS), lse (B, NH, T) from what forward_tiles
+// left
 template <class Shape>
-__device__ __forceinline__ void forward_store(floatX* out, float* lse, const float (&o)[Shape::HS / 2],
-                                              const ForwardRows& rows, int bh, int first, int T, int NH, float scale) {
-    const size_t stride = (size_t)NH * Shape::HS;
+__device__ __forceinline__ void forward_store(floatX* out, floatX* remainder, float* lse,
+                                              const float (&o)[Shape::HS / 2], const ForwardRows& rows, int bh,
+                                              int first, int T, int NH, float scale) {
+    const size_t stride = (size_t)NH * Shape::HS, at = (size_t)(bh / NH) * T * stride + bh % NH * Shape::HS;
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -261,12 +265,13 @@ __device__ __forceinline__ void forward_store(floatX* out, float* lse, const flo
         inverse[half] = 1 / sum;
         if (threadIdx.x % 4 == 0 && t < T) { lse[(size_t)bh * T + t] = rows.top[half] * scale + logf(sum); }
     }
-    store_sums<Shape::HS>(out + (size_t)(bh / NH) * T * stride + bh % NH * Shape::HS, stride, o, inverse, first, T);
+    store_sums<Shape::HS>(out + at, stride, o, inverse, first, T);
+    if (remainder != NULL) { store_sums<Shape::HS, true>(remainder + at, stride, o, inverse, first, T); }
 }
 
 template <class Shape>
-__device__ __forceinline__ void forward_compute(ForwardShared<Shape>& shared, floatX* out, float* lse, int T, int NH,
-                                                float scale) {
+__device__ __forceinline__ void forward_compute(ForwardShared<Shape>& shared, floatX* out, floatX* remainder,
+                                                float* lse, int T, int NH, float scale) {
     const int warpgroup = uniform(threadIdx.x / WARPGROUP) - 1;
     RingPlace<Shape::Q_BUFFERS> buffer = {0, 0};
     int fetched = 0; // tiles of all blocks before
@@ -289,17 +294,17 @@ __device__ __forceinline__ void forward_compute(ForwardShared<Shape>& shared, fl
             float o[Shape::HS / 2];
             ForwardRows r = {{-INFINITY, -INFINITY}, {0, 0}};
             forward_tiles<Shape>(o, r, shared, shared.q[buffer.at][warpgroup], at, at, diagonal, scale * LOG2E);
-            forward_store<Shape>(out, lse, o, r, rows.bh, diagonal * FORWARD_TILE, T, NH, scale);
+            forward_store<Shape>(out, remainder, lse, o, r, rows.bh, diagonal * FORWARD_TILE, T, NH, scale);
         }
         warp_arrive(&shared.q_empty[buffer.at]);
         buffer.advance();
     }
 }
 
-// out (B, T, NH, HS), lse (B, NH, T); next: 0
+// out, remainder (B, T, NH, HS), lse (B, NH, T); next: 0
 template <class Shape>
 __global__ __launch_bounds__(Shape::THREADS,
-                             1) void attention_forward_hopper_kernel(floatX* out, float* lse,
+                             1) void attention_forward_hopper_kernel(floatX* out, floatX* remainder, float* lse,
                                                                      const __grid_constant__ ForwardMaps maps,
                                                                      int* next, int T, int NH, int blocks,
                                                                      float scale) {
@@ -325,14 +330,14 @@ __global__ __launch_bounds__(Shape::THREADS,
         if (threadIdx.x == 0) { forward_fetch<Shape>(shared, maps, next, T, NH, blocks); }
     } else {
         registers_take<Shape::TAKE>();
-        forward_compute<Shape>(shared, out, lse, T, NH, scale);
+        forward_compute<Shape>(shared, out, remainder, lse, T, NH, scale);
     }
 #endif
 }
 
 template <class Shape>
-static void attention_forward_hopper_launch(floatX* out, float* lse, const AttentionInput& in, void* scratch,
-                                            const Attention& a, cudaStream_t stream) {
+static void attention_forward_hopper_launch(floatX* out, floatX* remainder, float* lse, const AttentionInput& in,
+                                            void* scratch, const Attention& a, cudaStream_t stream) {
     const auto kernel = attention_forward_hopper_kernel<Shape>;
     const int tiles = div_up(a.T, (int)FORWARD_TILE), blocks = div_up(tiles, Shape::WARPGROUPS) * a.B * a.NH;
     auto map = [&](const floatX* x, size_t stride) {
@@ -345,17 +350,17 @@ static void attention_forward_hopper_launch(floatX* out, float* lse, const Atten
     const int bytes = (int)sizeof(ForwardShared<Shape>);
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     cuda_check(cudaMemsetAsync(scratch, 0, sizeof(int), stream));
-    kernel<<<min(blocks, processors), Shape::THREADS, bytes, stream>>>(out, lse, maps, (int*)scratch, a.T, a.NH, blocks,
-                                                                       a.scale);
+    kernel<<<min(blocks, processors), Shape::THREADS, bytes, stream>>>(out, remainder, lse, maps, (int*)scratch, a.T,
+                                                                       a.NH, blocks, a.scale);
     cuda_check_launch();
 }
 
 // attention_forward (attention.cuh) from in on. scratch: 4 bytes
-static inline void attention_forward_hopper(floatX* out, float* lse, const AttentionInput& in, void* scratch,
-                                            const Attention& a, cudaStream_t stream) {
+static inline void attention_forward_hopper(floatX* out, floatX* remainder, float* lse, const AttentionInput& in,
+                                            void* scratch, const Attention& a, cudaStream_t stream) {
     const auto launch = a.HS == 64 ? attention_forward_hopper_launch<HopperForward<64>>
                                    : attention_forward_hopper_launch<HopperForward<128>>;
-    launch(out, lse, in, scratch, a, stream);
+    launch(out, remainder, lse, in, scratch, a, stream);
 }
 
 #endif

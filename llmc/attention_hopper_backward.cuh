@@ -17,8 +17,8 @@ of 64 columns, far ahead of the others; each of the two other warpgroups owns 64
 warpgroup's back: while it finds ds of tile j the tensor cores compute the scores of tile j + 1 and add p of tile j, and while
 it takes the exponentials of tile j + 1 they add ds of tile j.
 
-Bytes: qkv and dout are read by both kernels (a head's rows again for each of its blocks, but from the second-level cache), dout
-and out once more for delta, dqkv is written once. Floor: the seven products, 14*B*NH*T*T*HS/2 operations.
+Bytes: qkv and dout are read by both kernels (a head's rows again for each of its blocks, but from the second-level cache), dout,
+out and its remainder once more for delta, dqkv is written once. Floor: the seven products, 14*B*NH*T*T*HS/2 operations.
 */
 #ifndef LLMC_ATTENTION_HOPPER_BACKWARD_CUH
 #define LLMC_ATTENTION_HOPPER_BACKWARD_CUH
@@ -35,17 +35,18 @@ static inline size_t attention_backward_hopper_statistics_bytes(const Attention&
     return (size_t)a.B * a.NH * div_up(a.T, (int)BACKWARD_TILE) * BACKWARD_RECORD * sizeof(float);
 }
 
-// statistics (B, NH, tiles, 2, 64) from lse (B, NH, T) and delta = dout . out of each head; dout, out (B, T, NH, HS). A block of
+// statistics (B, NH, tiles, 2, 64) from lse (B, NH, T) and delta of each head; dout, out, remainder (B, T, NH, HS). A block of
 // threads for each record, four lanes to a query. Queries past T get an infinite lse: their probabilities are zero.
 template <int HS>
 __global__ __launch_bounds__(4 * BACKWARD_TILE) void attention_backward_hopper_statistics_kernel(
-    float* statistics, const floatX* dout, const floatX* out, const float* lse, int T, int NH) {
+    float* statistics, const floatX* dout, const floatX* out, const floatX* remainder, const float* lse, int T,
+    int NH) {
     const int tiles = div_up(T, (int)BACKWARD_TILE), row = threadIdx.x / 4;
     const int h = blockIdx.x % NH, tile = blockIdx.x / NH % tiles, b = blockIdx.x / NH / tiles;
     const int t = tile * BACKWARD_TILE + row;
     const bool valid = t < T;
     const size_t head = (size_t)b * NH + h, at = valid ? (((size_t)b * T + t) * NH + h) * HS : 0;
-    const float delta = quad_dot(dout + at, out + at, HS, valid);
+    const float delta = quad_delta(dout + at, out + at, remainder != NULL ? remainder + at : NULL, HS, valid);
     if (threadIdx.x % 4 == 0) {
         float* record = statistics + (head * tiles + tile) * BACKWARD_RECORD + row;
         record[0] = valid ? lse[head * T + t] * LOG2E : INFINITY;
@@ -368,12 +369,12 @@ static void attention_backward_hopper_launch(floatX* dqkv, const float* statisti
 }
 
 template <int HS>
-static void attention_backward_hopper_head(floatX* dqkv, const floatX* dout, const floatX* out, const float* lse,
-                                           const AttentionInput& in, float* statistics, const Attention& a,
-                                           cudaStream_t stream) {
+static void attention_backward_hopper_head(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* remainder,
+                                           const float* lse, const AttentionInput& in, float* statistics,
+                                           const Attention& a, cudaStream_t stream) {
     const int records = a.B * a.NH * div_up(a.T, (int)BACKWARD_TILE);
     attention_backward_hopper_statistics_kernel<HS>
-        <<<records, 4 * BACKWARD_TILE, 0, stream>>>(statistics, dout, out, lse, a.T, a.NH);
+        <<<records, 4 * BACKWARD_TILE, 0, stream>>>(statistics, dout, out, remainder, lse, a.T, a.NH);
     cuda_check_launch();
     auto map = [&](const floatX* x, size_t stride) {
         return head_tensor_map(x, a.B, a.T, a.NH, HS, stride, BACKWARD_TILE);
@@ -386,11 +387,11 @@ static void attention_backward_hopper_head(floatX* dqkv, const floatX* dout, con
 
 // attention_backward (attention.cuh) up to the gradients at in.q, in.k and in.v. scratch:
 // attention_backward_hopper_statistics_bytes(a), aligned to 16 bytes
-static inline void attention_backward_hopper(floatX* dqkv, const floatX* dout, const floatX* out, const float* lse,
-                                             const AttentionInput& in, void* scratch, const Attention& a,
-                                             cudaStream_t stream) {
+static inline void attention_backward_hopper(floatX* dqkv, const floatX* dout, const floatX* out,
+                                             const floatX* remainder, const float* lse, const AttentionInput& in,
+                                             void* scratch, const Attention& a, cudaStream_t stream) {
     const auto head = a.HS == 64 ? attention_backward_hopper_head<64> : attention_backward_hopper_head<128>;
-    head(dqkv, dout, out, lse, in, (float*)scratch, a, stream);
+    head(dqkv, dout, out, remainder, lse, in, (float*)scratch, a, stream);
 }
 
 #endif

@@ -171,9 +171,9 @@ __device__ __forceinline__ void accumulate(float (&acc)[MT][HS / 8][4], const fl
     }
 }
 
-// A warp's rows, times factor[m][half] for rows m * 16 + half * 8 + lane / 4, to x (T, HS in rows of stride) from row first on.
-// stage: MT * 16 rows of shared memory that no other warp uses.
-template <int HS, int MT>
+// A warp's rows, times factor[m][half] for rows m * 16 + half * 8 + lane / 4, to x (T, HS in rows of stride) from row first on;
+// with REMAINDERS what rounding would take from them. stage: MT * 16 rows of shared memory that no other warp uses.
+template <int HS, int MT, bool REMAINDERS = false>
 __device__ __forceinline__ void store_rows(floatX* x, size_t stride, const float (&acc)[MT][HS / 8][4],
                                            const float (&factor)[MT][2], floatX* stage, int first, int T) {
     constexpr int UNITS = HS / 8;
@@ -187,8 +187,8 @@ __device__ __forceinline__ void store_rows(floatX* x, size_t stride, const float
             const float f = factor[m][half];
 #pragma unroll
             for (int n = 0; n < HS / 8; n++) {
-                *reinterpret_cast<unsigned*>(row + n * 8) =
-                    pack_bf16(acc[m][n][2 * half] * f, acc[m][n][2 * half + 1] * f);
+                const float a = acc[m][n][2 * half] * f, b = acc[m][n][2 * half + 1] * f;
+                *reinterpret_cast<unsigned*>(row + n * 8) = REMAINDERS ? pack_remainders(a, b) : pack_bf16(a, b);
             }
         }
     }
@@ -334,9 +334,10 @@ __device__ __forceinline__ void mask_scores(float (&s)[MT][N / 8][4], int row, i
     }
 }
 
-// out (B, T, NH, HS), lse (B, NH, T). One block of threads for ROWS queries of a head, the longest first.
+// out, remainder (B, T, NH, HS), lse (B, NH, T). One block of threads for ROWS queries of a head, the longest first.
 template <int HS>
-__global__ __launch_bounds__(128, 2) void attention_forward_kernel(floatX* out, float* lse, AttentionInput in) {
+__global__ __launch_bounds__(128, 2) void attention_forward_kernel(floatX* out, floatX* remainder, float* lse,
+                                                                   AttentionInput in) {
     typedef ForwardBlock<HS> Block;
     constexpr int MT = Block::MT, TILE = Block::TILE, LD = padded_row<HS>();
     extern __shared__ __align__(16) unsigned char shared[];
@@ -387,8 +388,10 @@ __global__ __launch_bounds__(128, 2) void attention_forward_kernel(floatX* out, 
             if (lane % 4 == 0 && t < T) { lse[(size_t)rows.bh * T + t] = top[m][half] * in.scale + logf(total); }
         }
     }
-    store_rows<HS, MT>(out + rows.token * rows.C + rows.h * HS, rows.C, acc, inverse, q_tile + rows.warp_row * LD,
-                       first, T);
+    const size_t at = rows.token * rows.C + rows.h * HS;
+    floatX* stage = q_tile + rows.warp_row * LD;
+    store_rows<HS, MT>(out + at, rows.C, acc, inverse, stage, first, T);
+    if (remainder != NULL) { store_rows<HS, MT, true>(remainder + at, rows.C, acc, inverse, stage, first, T); }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -74,7 +74,18 @@ template <class T> std::vector<T> random_normal(size_t n, double mean, double st
 // ---------------------------------------------------------------------------------------------------------------------
 // Checks
 
-// As many numbers as in ref, and ||out - ref|| <= tolerance * ||ref||; false and a line if not.
+// ||out - ref|| / ||ref||, or ||out|| if all of ref is zero. As many numbers in both.
+template <class T> double relative_error(const std::vector<T>& out, const std::vector<double>& ref) {
+    double error = 0, norm = 0;
+    for (size_t i = 0; i < ref.size(); i++) {
+        const double d = (double)to_float(out[i]) - ref[i];
+        error += d * d;
+        norm += ref[i] * ref[i];
+    }
+    return norm > 0 ? sqrt(error / norm) : sqrt(error);
+}
+
+// As many numbers as in ref, and their relative error is at most tolerance; false and a line if not.
 template <class T>
 bool check_close(const char* what, const std::vector<T>& out, const std::vector<double>& ref, double tolerance) {
     if (out.size() != ref.size()) {
@@ -82,13 +93,7 @@ bool check_close(const char* what, const std::vector<T>& out, const std::vector<
         printf("FAILED %s: %zu numbers, expected %zu\n", what, out.size(), ref.size());
         return false;
     }
-    double error = 0, norm = 0;
-    for (size_t i = 0; i < ref.size(); i++) {
-        const double d = (double)to_float(out[i]) - ref[i];
-        error += d * d;
-        norm += ref[i] * ref[i];
-    }
-    const double relative = norm > 0 ? sqrt(error / norm) : sqrt(error);
+    const double relative = relative_error(out, ref);
     const bool ok = relative <= tolerance;
     ok ? checks_passed++ : checks_failed++;
     if (!ok) { printf("FAILED %s: relative error %.3e, allowed %.3e\n", what, relative, tolerance); }
