@@ -9,7 +9,7 @@ BUILD := build
 CFLAGS ?= -O3 -fno-math-errno -Wall -Wextra
 CLANG_FORMAT ?= $(or $(shell command -v clang-format-14 2>/dev/null),clang-format)
 
-.PHONY: info test test-gpu test-python venv asan demo bench bench-gpu bench-gpu-ops check-cxx format format-check clean help FORCE
+.PHONY: info test test-gpu sanitize-gpu test-python venv asan demo bench bench-gpu bench-gpu-ops check-cxx format format-check clean help FORCE
 .DEFAULT_GOAL := train_gpt
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,6 +210,16 @@ $(GPT_TESTS): test_gpt.cu $(CPU_OBJECTS) $(BUILD)/cuda_flags
 
 test-gpu: $(CUDA_PROGRAMS) $(GPT_TESTS) train_gpt train_gptcu $(BUILD)/text_to_tokens ## every test of the CUDA trainer and its operations, on this machine's GPU
 	@sh dev/test/run.sh $(CUDA_PROGRAMS:%='% check') $(GPT_TESTS) 'sh dev/test/gpu_runs.sh'
+
+# racecheck needs a build of its own (llmc/hopper.cuh says why), and looks at our own kernels, not at the libraries'.
+RACE_PROGRAMS := $(patsubst %,$(BUILD)/race_%,$(filter-out matmul,$(CUDA_NAMES)))
+$(RACE_PROGRAMS): DEFINES = -DRACECHECK
+$(RACE_PROGRAMS): $(BUILD)/race_%: dev/cuda/%.cu $(BUILD)/cuda_flags
+	$(COMPILE_CUDA)
+
+SANITIZE = compute-sanitizer --error-exitcode 1 --tool
+sanitize-gpu: $(CUDA_NAMES:%=$(BUILD)/cuda_%) $(RACE_PROGRAMS) ## compute-sanitizer on every operation of the CUDA trainer: memcheck and racecheck
+	@sh dev/test/run.sh $(CUDA_NAMES:%='$(SANITIZE) memcheck $(BUILD)/cuda_% check') $(RACE_PROGRAMS:%='$(SANITIZE) racecheck % check')
 
 # BENCH: sections of dev/bench/gpu_step.py, all if empty. LLMC: a folder with llm.c's CUDA trainers to compare with, which
 # dev/bench/llmc_gpu.sh builds.

@@ -314,13 +314,13 @@ __global__ __launch_bounds__(Shape::THREADS,
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::Q_BUFFERS; i++) {
             mbarrier_init(&shared.q_full[i], 1);
-            mbarrier_init(&shared.q_empty[i], Shape::WARPGROUPS * 4);
+            mbarrier_init(&shared.q_empty[i], Shape::WARPGROUPS * 4 * WARP_ARRIVALS);
         }
         for (int i = 0; i < Shape::STAGES; i++) {
             mbarrier_init(&shared.k_full[i], 1);
             mbarrier_init(&shared.v_full[i], 1);
-            mbarrier_init(&shared.k_empty[i], Shape::WARPGROUPS * 4);
-            mbarrier_init(&shared.v_empty[i], Shape::WARPGROUPS * 4);
+            mbarrier_init(&shared.k_empty[i], Shape::WARPGROUPS * 4 * WARP_ARRIVALS);
+            mbarrier_init(&shared.v_empty[i], Shape::WARPGROUPS * 4 * WARP_ARRIVALS);
         }
         mbarrier_fence();
     }

@@ -331,11 +331,11 @@ __global__ __launch_bounds__(Shape::THREADS,
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::ROW_BUFFERS; i++) {
             mbarrier_init(&shared.rows_full[i], 1);
-            mbarrier_init(&shared.rows_empty[i], Shape::WARPGROUPS * 4);
+            mbarrier_init(&shared.rows_empty[i], Shape::WARPGROUPS * 4 * WARP_ARRIVALS);
         }
         for (int i = 0; i < Shape::STAGES; i++) {
             mbarrier_init(&shared.full[i], 1);
-            mbarrier_init(&shared.empty[i], Shape::WARPGROUPS * 4);
+            mbarrier_init(&shared.empty[i], Shape::WARPGROUPS * 4 * WARP_ARRIVALS);
         }
         mbarrier_fence();
     }
