@@ -15,6 +15,7 @@ Python's zlib.crc32 gives the same number), eight bytes a step by table ("slicin
 #include "check.h"
 #include <inttypes.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -106,6 +107,18 @@ static inline bool folder_flush(const char* folder, char* error, size_t error_si
     ok = ok || io_error(error, error_size, "flush the folder", folder);
     if (fd >= 0) { close(fd); }
     return ok;
+}
+
+// Keeps every other process that asks for the folder out of it for as long as this one lives: a lock on the folder itself,
+// which leaves nothing behind, however the process ends. False if another one has it. Where the file system knows no locks
+// nobody is kept out. *fd: -1, or what holds the lock (which may be asked for again).
+static inline bool folder_lock(const char* folder, int* fd) {
+    if (*fd >= 0) { return true; }
+    *fd = open(folder, O_RDONLY | O_CLOEXEC);
+    if (*fd < 0 || flock(*fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) { return true; }
+    close(*fd);
+    *fd = -1;
+    return false;
 }
 
 // Makes a folder, which must not exist yet.

@@ -31,6 +31,7 @@ difference of their squares. A row is one write(), so that a reader never sees h
 #include "atomicfile.h"
 #include "gns.h"
 #include "model.h"
+#include "utf8.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Text that grows
@@ -66,16 +67,22 @@ typedef struct {
     const char* value; // JSON: 3, true, "text" with its quotes (text_add_json), ...
 } JsonField;
 
-// Appends the string as a JSON string, with quotes.
+// Appends the string as a JSON string, with quotes. A byte b that is not valid UTF-8, as in the name of a file, becomes
+// \udc<b>: Python's os.fsencode (PEP 383, "surrogateescape") makes it that byte again.
 static inline void text_add_json(Text* t, const char* string) {
     text_add(t, "\"");
-    for (const char* p = string; *p != '\0'; p++) {
-        unsigned char c = (unsigned char)*p;
-        if (c < 0x20) {
+    for (const char *p = string, *end = string + strlen(string); p < end;) {
+        const unsigned char c = (unsigned char)*p;
+        uint32_t code;
+        const size_t len = utf8_decode(p, (size_t)(end - p), &code);
+        if (c >= 0x80 && len == 1) {
+            text_add(t, "\\udc%02x", c);
+        } else if (c < 0x20) {
             text_add(t, "\\u%04x", c);
         } else {
-            text_add(t, c == '"' || c == '\\' ? "\\%c" : "%c", c);
+            text_add(t, "%s%.*s", c == '"' || c == '\\' ? "\\" : "", (int)len, p);
         }
+        p += len;
     }
     text_add(t, "\"");
 }

@@ -56,7 +56,8 @@ typedef struct {
     Backend backend;
     RunState state;
     RunIdentity identity;
-    RunLog log; // open if there is --out
+    int out_lock; // folder_lock of --out; -1: not taken
+    RunLog log;   // open if there is --out
     StepStats stats;
     int *tokens, *targets; // (micro_batch, T) each
     double last_line;      // when the last progress line was printed
@@ -317,6 +318,14 @@ static inline bool resume(Trainer* t, bool with_state) {
     return true;
 }
 
+// Makes the output folder this run's own while it lives, if there is one yet; fatal() if it is another one's.
+static inline void lock_output(Trainer* t) {
+    if (!folder_lock(t->options.out, &t->out_lock)) {
+        fatal("--out (-o): another process is training in '%s'; wait until it ends, or choose another folder",
+              t->options.out);
+    }
+}
+
 // Opens the backend, fills it, and opens the log.
 static inline void trainer_start(Trainer* t, BackendOpen open) {
     const Options* o = &t->options;
@@ -338,6 +347,8 @@ static inline void trainer_start(Trainer* t, BackendOpen open) {
     t->identity.vocab_size = t->plan.config.vocab_size;
     t->identity.train_tokens = t->train.num_tokens;
     if (is_first_rank(t)) { echo_run(t); }
+    const bool writes = o->out != NULL && !o->eval_only && is_first_rank(t);
+    if (writes) { lock_output(t); }
     initial_state(t);
     bool resumed = o->resume && resume(t, !o->eval_only);
     if (!resumed) {
@@ -347,8 +358,10 @@ static inline void trainer_start(Trainer* t, BackendOpen open) {
         }
         initial_weights(t);
     }
-    if (o->out != NULL && !o->eval_only && is_first_rank(t)) {
+    if (writes) {
         if (!folder_ensure(o->out, error, sizeof error)) { fatal("--out (-o): %s", error); }
+        lock_output(t);    // also a folder that is new
+        protect_output(o); // nobody has been here in the meantime
         runlog_open(&t->log, path_join(path, o->out, "log.csv"), &t->plan.config, o->log_tensors,
                     resumed ? t->state.tokens : -1);
         write_config(t); // last: a resume that was refused changes nothing
@@ -357,6 +370,7 @@ static inline void trainer_start(Trainer* t, BackendOpen open) {
 
 static inline void trainer_close(Trainer* t) {
     if (t->log.table.num_tensors > 0) { runlog_close(&t->log); }
+    if (t->out_lock >= 0) { close(t->out_lock); }
     if (t->backend.self != NULL) { t->backend.close(t->backend.self); }
     if (t->prompt != NULL) { tokenizer_close(&t->tokenizer); }
     if (t->hellaswag.num_examples > 0) { hellaswag_close(&t->hellaswag); }
@@ -610,6 +624,7 @@ static inline void echo_end(const Trainer* t, double seconds) {
 // The whole program of a trainer, whose model is what `open` opens; returns the exit status.
 static inline int train_main(int argc, char** argv, BackendOpen open) {
     Trainer* t = (Trainer*)alloc_zeroed(1, sizeof(Trainer), "the trainer");
+    t->out_lock = -1;
     const double start = seconds_now();
     int status = 0;
     options_parse(argc, argv, &t->options);

@@ -59,9 +59,10 @@ def write_report(experiment: Experiment, folder: Path) -> None:
     pictures = [
         write_picture(name, figure, folder, words[name]) for name, figure in drawn.items() if figure is not None
     ]
-    (folder / "index.html").write_text(page(experiment, results, pictures), encoding="utf-8")
-    print("\n".join(f"{lead}. {text}" for lead, text in summary(experiment, results)))
-    print(f"\n{folder / 'index.html'}: {len(pictures)} figures")
+    # A file's name that is not valid UTF-8 is shown with question marks.
+    (folder / "index.html").write_text(page(experiment, results, pictures), encoding="utf-8", errors="replace")
+    said = "\n".join(f"{lead}. {text}" for lead, text in summary(experiment, results))
+    print(f"{said}\n\n{folder / 'index.html'}: {len(pictures)} figures".encode(errors="replace").decode())
 
 
 def main() -> int:

@@ -398,11 +398,14 @@ static void test_config_json(void) {
     size_t size;
     char error[256];
     Text quoted = {NULL, 0, 0};
-    text_add_json(&quoted, "a \"b\" \\ \n\x01 \xc3\xa9");
+    text_add_json(
+        &quoted,
+        "a \"b\" \\ \n\x01 \xc3\xa9 \xe2\x82\xac \xff \xc3 \xed\xa0\x80 \xe2\x82"); // the last four are not UTF-8
     const JsonField fields[] = {{"n", "3"}, {"on", "true"}, {"text", quoted.data}};
     CHECK(config_json_write(in_folder("config.json"), fields, 3, error, sizeof error));
     char* text = get_file(in_folder("config.json"), &size);
-    CHECK_STR(text, "{\n  \"n\": 3,\n  \"on\": true,\n  \"text\": \"a \\\"b\\\" \\\\ \\u000a\\u0001 \xc3\xa9\"\n}\n");
+    CHECK_STR(text, "{\n  \"n\": 3,\n  \"on\": true,\n  \"text\": \"a \\\"b\\\" \\\\ \\u000a\\u0001 \xc3\xa9 "
+                    "\xe2\x82\xac \\udcff \\udcc3 \\udced\\udca0\\udc80 \\udce2\\udc82\"\n}\n");
     free(text);
     free(quoted.data);
     CHECK(config_json_write(in_folder("config.json"), fields, 0, error, sizeof error));

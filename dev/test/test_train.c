@@ -505,6 +505,33 @@ static void test_resume_must_fit(void) {
     free_log(&c);
 }
 
+// Two processes never write to the same folder, be it new or not; a lock does not outlive its process, however that ends.
+static void test_output_is_locked(void) {
+    pid_t pid = start_run(very_slow_open, TOY "-d 64 -x 100 -o locked");
+    CHECK(wait_for("stdout", "eval at 0 tokens"));
+    size_t len;
+    char* log = read_whole_file(in_folder("locked/log.csv"), &len);
+    CHECK(refused(TOY "-d 64 -x 3 -o locked -y 1", "another process is training in 'locked'"));
+    CHECK(refused(TOY "-d 64 -x 3 -o locked", "already holds a run"));
+    char* again = read_whole_file(in_folder("locked/log.csv"), &len);
+    CHECK_STR(again, log);
+    free(log);
+    free(again);
+    kill(pid, SIGKILL);
+    CHECK(end_run(pid) == 128 + SIGKILL);
+    CHECK(run(TOY "-d 64 -x 3 -o locked -y 1") == 0);
+    CHECK(run(TOY "-d 64 -x 3 -o locked --eval-only -y 1") == 0);
+    int fd = -1, other = -1;
+    CHECK(folder_lock(in_folder("not there"), &fd) && fd == -1);
+    CHECK(folder_lock(in_folder("locked"), &fd) && fd >= 0);
+    CHECK(folder_lock(in_folder("locked"), &fd)); // it is ours
+    CHECK(!folder_lock(in_folder("locked"), &other) && other == -1);
+    CHECK(run(TOY "-d 64 -x 3 -o locked --eval-only -y 1") == 0); // only reads
+    close(fd);
+    CHECK(folder_lock(in_folder("locked"), &other) && other >= 0);
+    close(other);
+}
+
 static void test_output_is_protected(void) {
     CHECK(run(TOY "-d 64 -x 3 -o safe -y 1") == 0);
     CHECK(said("stdout", "there is no checkpoint in safe yet: starting from the beginning"));
@@ -788,6 +815,7 @@ int main(void) {
     RUN(test_resume_into_closed_loop);
     RUN(test_second_signal);
     RUN(test_resume_must_fit);
+    RUN(test_output_is_locked);
     RUN(test_output_is_protected);
     RUN(test_failing_checkpoints);
     RUN(test_nan_steps);
