@@ -206,7 +206,8 @@ class ArmTable:
             raise Mistake(f"--arm '{stem}={self.own[stem]}': expected NAME=ARM and options, each --name with its value")
         title, changes = self.built_in[base]
         more = {word.removeprefix("--"): value for word, value in zip(extra[::2], extra[1::2], strict=True)}
-        titles = [title, *(f"{option} {value}" for option, value in more.items()), *([f"lr {lr}"] if at else [])]
+        own = [f"{option} {value}" if value else f"no {option}" for option, value in more.items()]
+        titles = [f"{base} with {', '.join(own)}" if own else title, *([f"lr {lr}"] if at else [])]
         merged = self.common | changes | more | ({"lr": lr} if at else {})
         options = {option: value for option, value in merged.items() if value}
         budget = parse_count(options["max-tokens"], "--max-tokens") if "max-tokens" in options else None

@@ -247,9 +247,10 @@ def test_paper_plan() -> None:
 def test_plan_file() -> None:
     """Options of every arm, in order; arms and seeds add up over commands."""
     require_run(0, *SMALL_RUN, "--arms", "halflife,fixed", "--seeds", "2", "--lr-sweep", "0.5")
-    require_run(0, *SMALL_RUN, "--arms", "fixed", "--arm", "root=gns --gns-power 0.5", "--seeds", "5")
+    own = ("--arm", "root=gns --gns-power 0.5", "--arm", "half=mean --beta2 '' --beta2-half-life 1K")
+    require_run(0, *SMALL_RUN, "--arms", "fixed", *own, "--seeds", "5")
     plan = json.loads(Path("e/plan.json").read_text())
-    names = ["halflife", "fixed", "halflife@lr0.003", "fixed@lr0.003", "root"]
+    names = ["halflife", "fixed", "halflife@lr0.003", "fixed@lr0.003", "root", "half"]
     require_equal([arm["name"] for arm in plan["arms"]], names, "arms")
     require_equal((plan["schema"], plan["seeds"], plan["budget"]), (1, [2, 5], 200_000), "schema, seeds, budget")
     options = {arm["name"]: arm["options"] for arm in plan["arms"]}
@@ -257,7 +258,10 @@ def test_plan_file() -> None:
     require_equal(options["halflife"]["beta2-half-life"], "27675", "half-life: 2048 ln 2 / -ln 0.95")
     require_equal(options["fixed@lr0.003"], options["fixed"] | {"lr": "0.003"}, "options of a sweep")
     require_equal((options["root"]["gns-power"], options["root"]["batch-max"]), ("0.5", "32"), "options of one's own")
-    expected = {f"{name}/seed2" for name in names[:-1]} | {"fixed/seed5", "root/seed5"}
+    require("beta2" not in options["half"] and options["half"]["beta2-half-life"] == "1K", "an option taken away")
+    titles = [arm["title"] for arm in plan["arms"][-2:]]
+    require_equal(titles, ["gns with gns-power 0.5", "mean with no beta2, beta2-half-life 1K"], "titles")
+    expected = {f"{name}/seed2" for name in names[:-2]} | {f"{name}/seed5" for name in ("fixed", "root", "half")}
     require_equal(sorted(calls()), sorted(expected), "runs")
 
 
