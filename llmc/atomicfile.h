@@ -109,12 +109,12 @@ static inline bool folder_flush(const char* folder, char* error, size_t error_si
     return ok;
 }
 
-// Keeps every other process that asks for the folder out of it for as long as this one lives: a lock on the folder itself,
-// which leaves nothing behind, however the process ends. False if another one has it. Where the file system knows no locks
-// nobody is kept out. *fd: -1, or what holds the lock (which may be asked for again).
+// Keeps every other process of this machine that asks for the folder out of it for as long as this one lives: a lock on the
+// folder itself, which leaves nothing behind, however the process ends. False if another one has it. Where the file system knows
+// no locks nobody is kept out. *fd: -1, or what holds the lock (which may be asked for again).
 static inline bool folder_lock(const char* folder, int* fd) {
     if (*fd >= 0) { return true; }
-    *fd = open(folder, O_RDONLY | O_CLOEXEC);
+    *fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (*fd < 0 || flock(*fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) { return true; }
     close(*fd);
     *fd = -1;

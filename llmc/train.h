@@ -149,11 +149,11 @@ static inline void open_prompt(Trainer* t) {
     }
 }
 
-// fatal() if the output folder holds a run that this one would overwrite.
+// fatal() if the output folder holds a run.
 static inline void protect_output(const Options* o) {
     static const char* const names[] = {"log.csv", "config.json", "checkpoints"};
     char path[PATH_SIZE];
-    for (size_t i = 0; o->out != NULL && !o->resume && i < sizeof names / sizeof names[0]; i++) {
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
         if (access(path_join(path, o->out, names[i]), F_OK) == 0) {
             fatal("--out (-o) '%s' already holds a run (%s); -y 1 goes on with it, or choose another folder", o->out,
                   names[i]);
@@ -175,7 +175,7 @@ static inline void trainer_prepare(Trainer* t) {
     double wanted = ceil(o->val_tokens / t->plan.T);
     t->val_sequences = (int64_t)fmin(wanted, (double)t->val.num_sequences);
     if (o->sample_every.count > 0) { open_prompt(t); }
-    if (!o->eval_only) { protect_output(o); }
+    if (!o->eval_only && o->out != NULL && !o->resume) { protect_output(o); }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -360,8 +360,9 @@ static inline void trainer_start(Trainer* t, BackendOpen open) {
     }
     if (writes) {
         if (!folder_ensure(o->out, error, sizeof error)) { fatal("--out (-o): %s", error); }
-        lock_output(t);    // also a folder that is new
-        protect_output(o); // nobody has been here in the meantime
+        const bool was_there = t->out_lock >= 0;
+        lock_output(t);
+        if (!was_there || !o->resume) { protect_output(o); } // somebody may have been here in the meantime
         runlog_open(&t->log, path_join(path, o->out, "log.csv"), &t->plan.config, o->log_tensors,
                     resumed ? t->state.tokens : -1);
         write_config(t); // last: a resume that was refused changes nothing

@@ -92,13 +92,22 @@ static int run_with(BackendOpen open, const char* line) { return end_run(start_r
 static int run(const char* line) { return run_with(toy_open, line); }
 
 // Does the file in the temporary folder contain the text?
-static bool said(const char* name, const char* text) {
+static bool contains(const char* name, const char* text) {
     size_t len;
     char* content = read_whole_file(in_folder(name), &len);
     bool found = content != NULL && strstr(content, text) != NULL;
-    if (!found) { printf("  '%s' is not in %s: %s\n", text, name, content ? content : "(no such file)"); }
     free(content);
     return found;
+}
+
+// It should, and if not, this says what it does contain.
+static bool said(const char* name, const char* text) {
+    if (contains(name, text)) { return true; }
+    size_t len;
+    char* content = read_whole_file(in_folder(name), &len);
+    printf("  '%s' is not in %s: %s\n", text, name, content ? content : "(no such file)");
+    free(content);
+    return false;
 }
 
 // The run must end with status 2 and one line on stderr that contains the text, and leave no folder `out`.
@@ -114,11 +123,7 @@ static bool refused(const char* line, const char* text) {
 // Waits until the run that writes the file has said the text; false after a minute.
 static bool wait_for(const char* name, const char* text) {
     for (int i = 0; i < 60000; i++) {
-        size_t len;
-        char* content = read_whole_file(in_folder(name), &len);
-        bool found = content != NULL && strstr(content, text) != NULL;
-        free(content);
-        if (found) { return true; }
+        if (contains(name, text)) { return true; }
         usleep(1000);
     }
     return said(name, text);
@@ -526,10 +531,34 @@ static void test_output_is_locked(void) {
     CHECK(folder_lock(in_folder("locked"), &fd) && fd >= 0);
     CHECK(folder_lock(in_folder("locked"), &fd)); // it is ours
     CHECK(!folder_lock(in_folder("locked"), &other) && other == -1);
+    CHECK(refused(TOY "-d 64 -x 9 -o locked -y 1", "another process is training in 'locked'"));
+    CHECK(!contains("stdout", "resuming")); // nothing was read before it was known whose the folder is
     CHECK(run(TOY "-d 64 -x 3 -o locked --eval-only -y 1") == 0); // only reads
     close(fd);
     CHECK(folder_lock(in_folder("locked"), &other) && other >= 0);
     close(other);
+}
+
+// While it is given its weights, another run begins and ends in the folder `raced`.
+static void raced_set(void* self, int row, int layer, int what, const float* values) {
+    toy_set(self, row, layer, what, values);
+    if (mkdir("raced", 0777) != 0) { return; } // it has been here
+    FILE* log = fopen("raced/log.csv", "w");
+    CHECK(log != NULL && fclose(log) == 0);
+}
+
+static void raced_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
+    toy_open(backend, config, options);
+    backend->set = raced_set;
+}
+
+static void test_output_is_protected_late(void) {
+    static const char* const lines[] = {TOY "-d 64 -x 3 -o raced", TOY "-d 64 -x 3 -o raced -y 1"};
+    for (int i = 0; i < 2; i++) {
+        CHECK(run_with(raced_open, lines[i]) == 2);
+        CHECK(said("stderr", "'raced' already holds a run (log.csv)"));
+        remove_tree(in_folder("raced"));
+    }
 }
 
 static void test_output_is_protected(void) {
@@ -817,6 +846,7 @@ int main(void) {
     RUN(test_resume_must_fit);
     RUN(test_output_is_locked);
     RUN(test_output_is_protected);
+    RUN(test_output_is_protected_late);
     RUN(test_failing_checkpoints);
     RUN(test_nan_steps);
     RUN(test_too_many_bad_steps);
