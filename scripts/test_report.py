@@ -29,7 +29,7 @@ from report.captions import captions
 from report.command import command
 from report.drawing import looks, rate_axis, rate_name, spread
 from report.results import at_quarters, compare, notes
-from report.runs import Experiment, has_rows, read_all, read_run
+from report.runs import Experiment, has_rows, read_all, read_run, short_names
 from report.savings import (
     Array,
     Curve,
@@ -343,6 +343,7 @@ def test_running(folder: Path) -> None:
         check(
             "nan" not in (run / "report/index.html").read_text().split("<figure")[0], f"no nan on the page with {name}"
         )
+    check(short_names([folder / "odd \udcff"]) == ["odd ?"], "the name of a folder that is not UTF-8")
     run = write_run(folder / "odd", config={"train-data": "not UTF-8 \udcff"})  # as the trainers write it
     done = report(run)
     page = (run / "report/index.html").read_text(encoding="utf-8")

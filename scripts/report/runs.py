@@ -273,12 +273,13 @@ def experiment_of_runs(folders: Sequence[Path]) -> Experiment:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many folders above them as it takes to tell them apart."""
+    """The folders' names, with as many folders above them as it takes to tell them apart; with question marks for what is
+    not UTF-8, which no picture can show."""
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         raise LogError(f"expected each run once, found '{max(folders, key=folders.count)}' twice; leave one out")
     depth = next(d for d in range(1, 100) if len({p[-d:] for p in parts}) == len(parts))
-    return ["/".join(p[-depth:]) for p in parts]
+    return ["/".join(p[-depth:]).encode(errors="replace").decode() for p in parts]
 
 
 def check_pairs(experiment: Experiment) -> None:
