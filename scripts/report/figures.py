@@ -420,17 +420,19 @@ def lr_figure(experiment: Experiment, _: Results) -> Figure | None:
             curves.append((x, y, [arm.name]))
     if not curves:
         return None
-    figure, axes = plt.subplots(figsize=(WIDTH, 2.6), layout="constrained")
+    most = max((names for _, _, names in curves), key=len)
+    labels = []
+    for x, y, names in curves:
+        shown = names if len(names) <= 3 else [names[0], f"{len(names) - 1} more"]
+        text = "all others" if names is most and len(names) > 3 else ",\n".join(shown)
+        labels.append(Label(x[-1] / scale.unit, y[-1], text, look[names[0]].colour))
+    lines = sum(label.text.count("\n") + 1 for label in labels)
+    figure, axes = plt.subplots(figsize=(WIDTH, max(2.6, 0.5 + 0.15 * lines)), layout="constrained")
     for x, y, names in curves:
         axes.plot(*thin(x / scale.unit, y), color=look[names[0]].colour, linestyle=look[names[0]].style)
     axes.set(xlabel=scale.name, ylabel="learning rate", xlim=(0, None), ylim=(0, 1.05 * peak or None))
     axes.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
     if len(curves) > 1:
-        most = max((names for _, _, names in curves), key=len)
-        labels = []
-        for x, y, names in curves:
-            text = "all others" if names is most and len(names) > 3 else ",\n".join(names)
-            labels.append(Label(x[-1] / scale.unit, y[-1], text, look[names[0]].colour))
         label_ends(axes, labels)
     return figure
 
