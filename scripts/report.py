@@ -22,7 +22,7 @@ from report import figures
 from report.captions import Caption, captions
 from report.page import Picture, page
 from report.results import compare
-from report.runs import Experiment, read_all
+from report.runs import Experiment, printable, read_all
 from report.words import summary
 from gnslog import LogError, Parser, run  # of dev/, which the package report finds
 from gnsplot import save
@@ -59,10 +59,9 @@ def write_report(experiment: Experiment, folder: Path) -> None:
     pictures = [
         write_picture(name, figure, folder, words[name]) for name, figure in drawn.items() if figure is not None
     ]
-    # A file's name that is not valid UTF-8 is shown with question marks.
-    (folder / "index.html").write_text(page(experiment, results, pictures), encoding="utf-8", errors="replace")
-    said = "\n".join(f"{lead}. {text}" for lead, text in summary(experiment, results))
-    print(f"{said}\n\n{folder / 'index.html'}: {len(pictures)} figures".encode(errors="replace").decode())
+    (folder / "index.html").write_text(printable(page(experiment, results, pictures)), encoding="utf-8")
+    print("\n".join(f"{lead}. {printable(text)}" for lead, text in summary(experiment, results)))
+    print(printable(f"\n{folder / 'index.html'}: {len(pictures)} figures"))
 
 
 def main() -> int:

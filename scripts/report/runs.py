@@ -273,13 +273,17 @@ def experiment_of_runs(folders: Sequence[Path]) -> Experiment:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many folders above them as it takes to tell them apart; with question marks for what is
-    not UTF-8, which no picture can show."""
+    """The folders' names, with as many folders above them as it takes to tell them apart; printable, for pictures."""
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         raise LogError(f"expected each run once, found '{max(folders, key=folders.count)}' twice; leave one out")
     depth = next(d for d in range(1, 100) if len({p[-d:] for p in parts}) == len(parts))
-    return ["/".join(p[-depth:]).encode(errors="replace").decode() for p in parts]
+    return [printable("/".join(p[-depth:])) for p in parts]
+
+
+def printable(text: str) -> str:
+    """With question marks for what is not UTF-8, as the name of a file may be."""
+    return text.encode(errors="replace").decode()
 
 
 def check_pairs(experiment: Experiment) -> None:
