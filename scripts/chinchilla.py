@@ -39,7 +39,8 @@ Arms, with A the ramp's first batch and B its last, the fixed one (--arms all is
     fittedramp  the ramp, likewise
     <arm>@lr<x> any of these at the peak learning rate x; --lr-sweep adds such arms
     your own    --arm 'root=gns --gns-power 0.5' is gns with one more option, 'wide=ramp --batch-schedule linear:32:256'
-                another ramp; an empty value, as in --beta2 "", takes an option away
+                another ramp; an empty value, as in --beta2 "", takes an option away. Trained beside --arms, or, if that
+                names it with @lr<x>, at these rates only
 
 D' is where the better one of fixed and ramp has, on its way, the other's final loss. Validation losses are averaged
 over all seeds, and the crossing, the first one, is interpolated linearly between two evaluations. D' / D is thus the

@@ -385,11 +385,13 @@ def parse_numbers(text: str, option: str) -> list[int]:
 
 
 def arm_names(args: argparse.Namespace, size: Size, table: ArmTable) -> list[str]:
-    """Those of --arms and --arm, and each of them at the learning rates of --lr-sweep."""
+    """Those of --arms, those of --arm that --arms does not name at a learning rate of their own, and each of them at the
+    learning rates of --lr-sweep."""
     names: list[str] = []
     for name in (args.arms or size.arms).split(","):
         names += table.built_in if name == "all" else [name]
-    names += table.own
+    named = {name.partition("@")[0] for name in names}
+    names += [name for name in table.own if name not in named]
     factors = args.lr_sweep.split(",") if args.lr_sweep else []
     if not all(re.fullmatch(r"\d*\.?\d+", factor) and float(factor) > 0 for factor in factors):
         raise Mistake(f"--lr-sweep '{args.lr_sweep}': expected factors, such as {SWEEP}")

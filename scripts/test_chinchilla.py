@@ -263,6 +263,8 @@ def test_plan_file() -> None:
     require_equal(titles, ["gns with gns-power 0.5", "mean with no beta2, beta2-half-life 1K"], "titles")
     expected = {f"{name}/seed2" for name in names[:-2]} | {f"{name}/seed5" for name in ("fixed", "root", "half")}
     require_equal(sorted(calls()), sorted(expected), "runs")
+    require_run(0, *SMALL_RUN, "--arms", "hot@lr0.02", "--arm", "hot=ramp --lr-coupling 1", "--seeds", "2")
+    require_equal(calls(), ["hot@lr0.02/seed2"], "runs of one's own arm at a rate")
 
 
 def test_other_experiment_is_refused() -> None:
