@@ -14,17 +14,6 @@ product leaves in its accumulators are at once an operand of the next: probabili
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensor cores
 
-// 16 bytes from global to shared memory, zeros if not valid.
-__device__ __forceinline__ void cp_async16(void* to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(valid ? 16 : 0));
-}
-__device__ __forceinline__ void cp_async4(void* to, const void* from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(valid ? 4 : 0));
-}
-__device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // Four 8 x 8 matrices; lanes 8i .. 8i+7 give the addresses of matrix i's rows. Lane l gets elements (l/4, 2(l%4) + {0, 1}).
 __device__ __forceinline__ void ldmatrix(unsigned (&r)[4], const floatX* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -53,7 +42,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsig
 
 template <int HS> __host__ __device__ constexpr int padded_row() { return HS + 8; }
 
-// Rows first .. first + ROWS - 1 of x (T, HS in rows of stride) into tile (ROWS, HS), zeros past T. Arrives at cp_async_wait.
+// Rows first .. first + ROWS - 1 of x (T, HS in rows of stride) into tile (ROWS, HS), zeros past T. Arrives at copies_wait_all.
 template <int HS, int ROWS, int THREADS>
 __device__ __forceinline__ void load_tile(floatX* tile, const floatX* x, size_t stride, int first, int T) {
     constexpr int UNITS = HS / 8;
@@ -64,7 +53,7 @@ __device__ __forceinline__ void load_tile(floatX* tile, const floatX* x, size_t 
         floatX* to = tile + r * padded_row<HS>() + unit;
 #pragma unroll
         for (int j = 0; j < ROWS / STEP; j++, from += STEP * stride) {
-            cp_async16(to + j * STEP * padded_row<HS>(), from, true);
+            copy16_ahead(to + j * STEP * padded_row<HS>(), from);
         }
         return;
     }
@@ -72,7 +61,7 @@ __device__ __forceinline__ void load_tile(floatX* tile, const floatX* x, size_t 
     for (int i = threadIdx.x; i < ROWS * UNITS; i += THREADS) {
         const int r = i / UNITS, unit = i % UNITS * 8;
         const bool valid = first + r < T;
-        cp_async16(tile + r * padded_row<HS>() + unit, x + (size_t)(valid ? first + r : 0) * stride + unit, valid);
+        copy16_ahead(tile + r * padded_row<HS>() + unit, x + (size_t)(valid ? first + r : 0) * stride + unit, valid);
     }
 }
 
@@ -269,7 +258,7 @@ template <int TILE, class Load, class Step>
 __device__ __forceinline__ void walk_tiles(int begin, int end, Load load, Step step) {
 #pragma unroll 1
     for (int column = begin; column < end; column += TILE) {
-        cp_async_wait();
+        copies_wait_all();
         __syncthreads(); // this tile is here, and nobody reads the one before any more
         if (column + TILE < end) { load(column + TILE); }
         step(column);
@@ -353,7 +342,7 @@ __global__ __launch_bounds__(128, 2) void attention_forward_kernel(floatX* out, 
     };
     load_tile<HS, Block::ROWS, Block::THREADS>(q_tile, in.q, in.qk_stride, rows.start, T);
     load_keys(0);
-    cp_async_wait();
+    copies_wait_all();
     __syncthreads();
     WarpRows<HS, MT, Block::KEPT> q;
     q.open(q_tile + rows.warp_row * LD);
@@ -471,8 +460,8 @@ __global__ __launch_bounds__(128, 2) void attention_backward_kernel(floatX* dqkv
         load_tiles<HS, TILE, Block::THREADS>(stage, KEYS ? queries : keys, column, T);
         if (KEYS && threadIdx.x < 2 * TILE) { // zeros past T: such a query has p = 1, but dout and ds are zero
             const int t = column + threadIdx.x % TILE;
-            cp_async4((float*)(stage + 2 * TILE * LD) + threadIdx.x,
-                      (threadIdx.x < TILE ? lse : delta) + (t < T ? t : 0), t < T);
+            copy4_ahead((float*)(stage + 2 * TILE * LD) + threadIdx.x,
+                        (threadIdx.x < TILE ? lse : delta) + (t < T ? t : 0), t < T);
         }
     };
     const int begin = KEYS ? rows.start : 0;
@@ -483,7 +472,7 @@ __global__ __launch_bounds__(128, 2) void attention_backward_kernel(floatX* dqkv
         score_lse.open_rows(lse, first, T);
         score_delta.open_rows(delta, first, T);
     }
-    cp_async_wait();
+    copies_wait_all();
     __syncthreads();
     WarpRows<HS, MT, Block::KEPT> a, b;
     a.open(a_tile + rows.warp_row * LD);

@@ -64,15 +64,17 @@ template <class T> __device__ __forceinline__ void store16_once(T* p, const Vec1
 // ---------------------------------------------------------------------------------------------------------------------
 // Copies from device to shared memory that run beside the thread (cp.async)
 
-// Starts to copy 16 bytes, past the first-level cache, or 4.
-__device__ __forceinline__ void copy16_ahead(void* shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-                 "l"(global)
+__device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// Starts to copy 16 bytes, past the first-level cache, or 4; zeros if not valid, and then nothing is read.
+__device__ __forceinline__ void copy16_ahead(void* shared, const void* global, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 16 : 0)
                  : "memory");
 }
-__device__ __forceinline__ void copy4_ahead(void* shared, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-                 "l"(global)
+__device__ __forceinline__ void copy4_ahead(void* shared, const void* global, bool valid = true) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 4 : 0)
                  : "memory");
 }
 // Ends a group of this thread's copies.
@@ -86,6 +88,8 @@ __device__ __forceinline__ void copies_wait(int pending) {
     default: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
     }
 }
+// Until all that this thread has started has arrived, in groups or not.
+__device__ __forceinline__ void copies_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Arithmetic

@@ -74,8 +74,6 @@ static inline CUtensorMap head_tensor_map(const __nv_bfloat16* x, int B, int T, 
 // Barriers in shared memory. A phase ends when so many threads have arrived and the bytes that were announced have come. Its
 // phases are counted from 0; parity is the lowest bit of the phase waited for.
 
-__device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
-
 // One thread; then mbarrier_fence(), and __syncthreads() before anybody else uses it.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
