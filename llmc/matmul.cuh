@@ -491,16 +491,11 @@ static inline void matmul_examples_transposed(MatmulPlans* mm, floatX* out, cons
     matmul(mm, &p, stream);
 }
 
-// Numbers of float scratch memory for groups of this many examples.
-static inline size_t matmul_examples_scratch(int group, int C, int OC) {
-    return (size_t)group * (size_t)OC * (size_t)C;
-}
-
 // dweight = or += alpha * dout^T @ inp, and *sum_sq += sum_b |dweight_b|^2 (arXiv 2411.00999), `group` examples at a
 // time: one batched product writes their gradients, one pass squares them and adds them to dweight in the order of the
 // examples (so dweight's last bits are not those of matmul_backward_weight). Moves 8 bytes for each number of each
 // dweight_b, written and read, and 8 for each number of dweight and each group.
-// dweight (OC, C), sum_sq (1), scratch (matmul_examples_scratch(group, C, OC)), dout (B, T, OC), inp (B, T, C)
+// dweight (OC, C), sum_sq (1), scratch (group, OC, C), dout (B, T, OC), inp (B, T, C)
 static inline void matmul_backward_weight_examples(MatmulPlans* mm, float* dweight, double* sum_sq, float* scratch,
                                                    int group, const floatX* dout, const floatX* inp, float alpha,
                                                    bool accumulate, int B, int T, int C, int OC, cudaStream_t stream) {

@@ -172,7 +172,7 @@ static void check_examples(int B, int T, int C, int OC, int group, bool accumula
     square[0] += earlier;
     if (!accumulate) { before.clear(); }
     floatX *dev_d = device_copy(dout), *dev_i = device_copy(inp);
-    float* scratch = device_alloc<float>(matmul_examples_scratch(group, C, OC));
+    float* scratch = device_alloc<float>((size_t)group * (size_t)OC * (size_t)C);
     std::vector<double> sums;
     check_product<float>("by examples", before, ref, SUM_TOLERANCE, [&](MatmulPlans* mm, float* dweight) {
         double* sum_sq = device_copy(std::vector<double>(1, earlier));
@@ -437,7 +437,7 @@ static void time_examples(const char* name, int B, int T, int C, int OC, int gro
     MatmulPlans mm;
     matmul_open(&mm, false);
     Layer l = layer_open(B * T, C, OC);
-    float* scratch = device_alloc<float>(matmul_examples_scratch(group, C, OC));
+    float* scratch = device_alloc<float>((size_t)group * (size_t)OC * (size_t)C);
     double* sum_sq = device_copy(std::vector<double>(1, 0));
     char what[40];
     snprintf(what, sizeof what, "weight, %d by %d examples", B, group);
