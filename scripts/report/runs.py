@@ -282,8 +282,8 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """With question marks for what is not UTF-8, as the name of a file may be."""
-    return text.encode(errors="replace").decode()
+    """With \\udcff for a byte ff that is not UTF-8, as in a file's name: two names stay two."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def check_pairs(experiment: Experiment) -> None:
