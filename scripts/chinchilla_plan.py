@@ -385,8 +385,8 @@ def parse_numbers(text: str, option: str) -> list[int]:
 
 
 def arm_names(args: argparse.Namespace, size: Size, table: ArmTable) -> list[str]:
-    """Those of --arms, those of --arm that --arms does not name at a learning rate of their own, and each of them at the
-    learning rates of --lr-sweep."""
+    """Those of --arms, those of --arm that --arms does not name at any learning rate, and each of them at the learning
+    rates of --lr-sweep."""
     names: list[str] = []
     for name in (args.arms or size.arms).split(","):
         names += table.built_in if name == "all" else [name]
