@@ -152,8 +152,8 @@ def first_crossing(curve: Curve, loss: float) -> float:
 
 def fitted_budget(fixed: Curve, ramp: Curve, batch_tokens: int) -> int:
     """D' of the top of this file."""
-    loss = max(fixed[-1][1], ramp[-1][1])
-    tokens = min(first_crossing(fixed, loss), first_crossing(ramp, loss))
+    better, other = sorted((ramp, fixed), key=lambda curve: curve[-1][1])
+    tokens = first_crossing(better, other[-1][1])
     return max(1, round(tokens / batch_tokens)) * batch_tokens
 
 

@@ -194,6 +194,11 @@ class ArmTable:
 
     def make(self, name: str) -> Arm:
         """The arm of this name: built-in, one's own, or either at another learning rate."""
+        arm = self.without_steps(name)
+        unknown = arm.is_fitted or arm.is_replay
+        return arm if unknown else replace(arm, steps=count_steps(self.trainer, arm.options))
+
+    def without_steps(self, name: str) -> Arm:
         stem, at, lr = name.partition("@lr")
         base, *extra = shlex.split(self.own.get(stem, stem)) or [""]
         lr_is_number = re.fullmatch(r"\d*\.?\d+(e-?\d+)?", lr) is not None
@@ -211,9 +216,7 @@ class ArmTable:
         merged = self.common | changes | more | ({"lr": lr} if at else {})
         options = {option: value for option, value in merged.items() if value}
         budget = parse_count(options["max-tokens"], "--max-tokens") if "max-tokens" in options else None
-        arm = Arm(name, ", ".join(titles), base, budget, [], options)
-        unknown = arm.is_fitted or arm.is_replay
-        return arm if unknown else replace(arm, steps=count_steps(self.trainer, options))
+        return Arm(name, ", ".join(titles), base, budget, [], options)
 
 
 def fit_arm(arm: Arm, budget: int, trainer: Path) -> Arm:
@@ -415,7 +418,7 @@ def make_plan(args: argparse.Namespace, trainer: Path, known: Plan | None) -> Pl
         raise Mistake(f"--arm '{clash[0]}=...': there is an arm of that name; choose another")
     arms = [table.make(name) for name in arm_names(args, size, table)]
     seeds = parse_numbers(args.seeds or size.seeds, "--seeds")
-    return Plan(
+    plan = Plan(
         SCHEMA,
         args.size,
         common["model"],
@@ -429,30 +432,44 @@ def make_plan(args: argparse.Namespace, trainer: Path, known: Plan | None) -> Pl
         seeds,
         arms,
     )
+    if known is not None:
+        check_same_experiment(known, plan, table)
+    return plan
+
+
+def check_same_experiment(old: Plan, new: Plan, table: ArmTable) -> None:
+    """Mistake if they are two: another model, budget or data, or another recipe behind the arms' names."""
+    for name in ("schema", "size", "model", "parameters", "seq_len", "batch", "quantum", "budget", "data"):
+        if getattr(old, name) != getattr(new, name):
+            raise Mistake(
+                f"plan.json there has {name} {getattr(old, name)}, this command {getattr(new, name)}; choose "
+                "another --out"
+            )
+    for arm in old.arms:
+        if arm.name.partition("@")[0] in table.built_in and not arm.is_fitted:
+            check_same_options(arm, table.without_steps(arm.name))
 
 
 def merge_arm(old: Arm, new: Arm, trainer: Path) -> Arm:
     """The new one, with the budget that the old one was fitted to. Mistake if they are not the same."""
     if old.budget and not new.budget:
         new = fit_arm(new, old.budget, trainer)
+    check_same_options(old, new)
+    return new
+
+
+def check_same_options(old: Arm, new: Arm) -> None:
     for name in sorted((old.options.keys() | new.options.keys()) - MACHINE_OPTIONS):
         if old.options.get(name) != new.options.get(name):
             raise Mistake(
                 f"plan.json there has the arm {old.name} with --{name} {old.options.get(name)}, this command with "
                 f"{new.options.get(name)}; choose another --out"
             )
-    return new
 
 
 def merge_plans(old: Plan | None, new: Plan, trainer: Path) -> Plan:
-    """The new plan with the arms and seeds of the old one before its own. Mistake if they are two experiments."""
+    """The new plan with the arms and seeds of the old one before its own. Mistake if an arm is not the same in both."""
     if old is not None:
-        for name in ("schema", "size", "model", "parameters", "seq_len", "batch", "quantum", "budget", "data"):
-            if getattr(old, name) != getattr(new, name):
-                raise Mistake(
-                    f"plan.json there has {name} {getattr(old, name)}, this command {getattr(new, name)}; choose "
-                    "another --out"
-                )
         arms = {arm.name: arm for arm in old.arms}
         for arm in new.arms:
             arms[arm.name] = merge_arm(arms[arm.name], arm, trainer) if arm.name in arms else arm

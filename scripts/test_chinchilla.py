@@ -159,11 +159,15 @@ def test_first_crossing() -> None:
 
 
 def test_fitted_budget() -> None:
-    """Whichever is better, its curve is read at the other's final loss."""
+    """Whichever is better at its end, its curve is read at the other's final loss."""
     good, bad = [(0.0, 5.0), (50.0, 3.5), (100.0, 2.5)], [(0.0, 5.0), (100.0, 3.0)]
     for fixed, ramp in ((bad, good), (good, bad)):
         require_equal(chinchilla.fitted_budget(fixed, ramp, 10), 80, "from 75, in steps of 10")
     require_equal(chinchilla.fitted_budget(good, good, 10), 100, "no saving")
+    dips = [(100.0, 3.0), (200.0, 1.5), (300.0, 1.6)]  # the worse one, with a lower loss on its way
+    require_equal(
+        chinchilla.fitted_budget(dips, [(100.0, 3.0), (200.0, 1.7), (300.0, 1.3)], 1), 225, "of the better one"
+    )
 
 
 def replayed(schedule: str, budget: int, seq_len: int) -> list[int]:
@@ -277,6 +281,10 @@ def test_other_experiment_is_refused() -> None:
     test_wrong_usage("the arm mine with --eps 1e-7, this command with 1e-6", *other)
     test_wrong_usage("has data Data(", *SMALL_RUN, "--data", "e/data/own_val.bin", "e/data/own_val.bin")
     require_equal(calls(), ["mine/seed1"], "runs")
+    plan = json.loads(Path("e/plan.json").read_text())
+    plan["arms"][0]["options"]["lr"] = "0.001"
+    Path("e/plan.json").write_text(json.dumps(plan))
+    test_wrong_usage("the arm fixed with --lr 0.001, this command with 0.006", *SMALL_RUN, "--arms", "ramp")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
