@@ -7,7 +7,7 @@
 The table has a row for each group of tensors, of those the log measured, and for each --group, and in it
 
     per token        the trainer's own smoothed estimate at the end of the log (its column gns/<group>)
-    per step         the reference's: ratio of the components' EMAs with 0.99 a step
+    per step         the reference's: ratio of the components' EMAs with 0.99 a step that measured the group
     last 10%         ratio of the components' sums over the last tenth of the tokens; with their means |G|^2, tr(Sigma)
 
 each with one standard error; the estimators are those of gnslog.py, in examples (sequences). Rows whose update was not
@@ -16,7 +16,8 @@ applied, or that measured fewer than two examples, teach nothing.
 LayerNorm against total: over the steps, the total GNS regressed on that of the LayerNorms, both smoothed per step with
 a, for many a: slope with an intercept, slope through the origin (the factor from one to the other) and Pearson's r. It
 leaves out the first 3a/(1 - a) steps, in which the first step weighs more than 5% in the EMA; an a that leaves fewer
-than 30 steps is left out itself. A last row has the same for the trainer's own estimates.
+than 30 steps is left out itself. A last row has the same for the trainer's own estimates, each step weighed by the
+inverse of its variance, that of y and that of x times the factor: large estimates are the uncertain ones.
 
 The figure: GNS over tokens, per group; that regression at the a of --alpha; slope and r over a; and |G|^2 against
 tr(Sigma), smoothed per step, with lines of equal GNS. Needs numpy, and matplotlib for --plot.
@@ -62,34 +63,45 @@ class Regression:
     r: float
 
 
-def regress(smoothing: str, newest: float, x: Array, y: Array) -> Regression | None:
+def regress(smoothing: str, newest: float, x: Array, y: Array, weights: Array | None = None) -> Regression | None:
     """Least squares of y on x; None where there are too few points or one of them does not vary."""
     if len(x) < LEAST_POINTS or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    slope, intercept = np.polyfit(x, y, 1)
-    r = np.corrcoef(x, y)[0, 1]
-    return Regression(smoothing, newest, float(slope), float(intercept), float(x @ y / (x @ x)), float(r))
+    w = np.ones(len(x)) if weights is None else weights
+    slope, intercept = np.polyfit(x, y, 1, w=np.sqrt(w))
+    (xx, xy), (_, yy) = np.cov(x, y, aweights=w)
+    factor = np.sum(w * x * y) / np.sum(w * x * x)
+    return Regression(smoothing, newest, float(slope), float(intercept), float(factor), float(xy / math.sqrt(xx * yy)))
 
 
-def paired(ln: Components, total: Components, estimate: Callable[[Components], Curve]) -> tuple[Array, Array]:
-    """The smoothed GNS of LayerNorm and of the total, both over the steps that measured both."""
+def paired(ln: Components, total: Components, estimate: Callable[[Components], Curve]) -> tuple[Curve, Curve] | None:
+    """The smoothed GNS of LayerNorm and of the total, both over the steps that measured both; None without any."""
     _, i, j = np.intersect1d(ln.tokens, total.tokens, return_indices=True)
-    if len(i) == 0:
-        return np.empty(0), np.empty(0)
-    return estimate(ln.at(i)).gns, estimate(total.at(j)).gns
+    return (estimate(ln.at(i)), estimate(total.at(j))) if len(i) > 0 else None
 
 
 def paired_per_step(ln: Components, total: Components, alpha: float) -> tuple[Array, Array]:
     """The same where both are known and the first step no longer weighs."""
-    x, y = paired(ln, total, lambda c: component_ema(c, alpha))
+    pair = paired(ln, total, lambda c: component_ema(c, alpha))
+    if pair is None:
+        return np.empty(0), np.empty(0)
+    x, y = (curve.gns for curve in pair)
     good = np.isfinite(x) & np.isfinite(y) & (np.arange(len(x)) >= 3 * alpha / (1 - alpha))
     return x[good], y[good]
 
 
-def paired_per_token(ln: Components, total: Components, tau: float) -> tuple[Array, Array]:
-    x, y = paired(ln, total, lambda c: fraction_ema(c, tau))
-    good = np.isfinite(x) & np.isfinite(y)
-    return x[good], y[good]
+def paired_per_token(ln: Components, total: Components, tau: float) -> tuple[Array, Array, Array]:
+    """With the weights of the steps: 1 / (SE(y)^2 + (factor SE(x))^2), the factor being that of these weights."""
+    pair = paired(ln, total, lambda c: fraction_ema(c, tau))
+    if pair is None:
+        return np.empty(0), np.empty(0), np.empty(0)
+    known = np.isfinite(pair[0].gns * pair[1].gns) & (pair[0].se * pair[1].se > 0)
+    (x, y), (x_error, y_error) = ([curve.gns[known] for curve in pair], [curve.se[known] for curve in pair])
+    factor, weights = 1.0, np.ones(len(x))
+    for _ in range(50 if len(x) > 0 else 0):
+        weights = 1 / (y_error**2 + (factor * x_error) ** 2)
+        factor = np.sum(weights * x * y) / max(np.sum(weights * x * x), 1e-300)
+    return x, y, weights
 
 
 def regressions(groups: dict[str, Group], total: str) -> list[Regression]:

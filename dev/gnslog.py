@@ -286,6 +286,17 @@ def fraction_ema(c: Components, tau: float) -> Curve:
     return Curve(c.tokens, np.maximum(0, 1 / fractions - 1), errors / fractions**2, fractions, 1 - fractions)
 
 
+def token_ema(tokens: Array, x: Array, tau: float) -> Array:
+    """The EMA of x over tokens, without bias at its start."""
+    mean = weight = last = 0.0
+    means = np.empty(len(x))
+    for i, (at, value) in enumerate(zip(tokens, x)):
+        w = -math.expm1(-(at - last) / tau)
+        mean, weight, last = mean + w * (value - mean), weight + w * (1 - weight), at
+        means[i] = mean / weight
+    return means
+
+
 def component_ema(c: Components, alpha: float = 0.99) -> Curve:
     """The reference's estimate; pandas: ewm(alpha=1 - alpha, adjust=False).mean()."""
     x = np.stack([c.trsigma, c.gtg], axis=1)

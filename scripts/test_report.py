@@ -227,6 +227,12 @@ def curve(scale: float, shift: float = 0.0, speed: float = 1.0, budget: float = 
     return Curve(tokens, tokens / speed, loss_at(tokens / scale) + shift)
 
 
+def curve_until(share: float, scale: float) -> Curve:
+    whole = curve(scale)
+    done = whole.tokens <= share * BUDGET
+    return Curve(whole.tokens[done], whole.seconds[done], whole.loss[done])
+
+
 def test_known_savings() -> None:
     pairs = [Pair(curve(1, shift), curve(0.8, shift, speed=0.9), True) for shift in (0, 0.1, -0.05)]
     s = savings_along(pairs)
@@ -244,8 +250,14 @@ def test_known_savings() -> None:
     cost = savings_along([Pair(curve(1), curve(1.25), True), Pair(curve(1), curve(1), True)])
     check(cost.missed[-1] == 1 and math.isnan(cost.tokens[-1].mean), "a seed that never got there leaves no mean")
     check_close(cost.tokens[19].mean, 1 - math.sqrt(1.25), 0.003, "a cost is a negative saving, averaged as a ratio")
-    running = savings_along([Pair(curve(1), curve(1.25), False), Pair(curve(1), curve(1), True)])
-    check(running.missed[-1] == 0 and running.tokens[-1].n == 1, "a running seed is not counted as missing a level")
+    slow = savings_along([Pair(curve(1), curve(1.25), False), Pair(curve(1), curve(1), True)])
+    check(slow.missed[-1] == 0 and slow.tokens[-1].n == 0, "a level that a running seed may still reach: no mean")
+    for scale in (0.8, 1.25):  # at half of its budget: whether it has reached the level or not, it does not count yet
+        half = savings_along([Pair(curve(1), curve_until(0.5, scale), False), Pair(curve(1), curve(0.9), True)])
+        check(
+            half.missed[-1] == 0 and half.tokens[-1].n == 1, f"a running seed, {scale} of the tokens: not beyond them"
+        )
+    check(half.tokens[17].n == 0 and half.tokens[25].n == 1, "a slower one leaves no mean within them")
 
 
 def test_intervals_cover() -> None:
@@ -515,6 +527,12 @@ def test_partial(folder: Path) -> None:
         all(w in words for w in ("Not started: gns/seed2", "ramp/seed2 (50%)", "devices differ: another; none")),
         f"notes: {words}",
     )
+    check("Times are not comparable: the runs' devices differ" in compare(e).disturbed, "of two devices")
+    write_run(folder / "mean/seed1", speed=1e4)
+    write_run(folder / "gns/seed3", seed=3)
+    check(
+        "plan.json does not have them: gns/seed3, mean/seed1." in " ".join(notes(read_all([folder]))), "unplanned runs"
+    )
     write_run(folder / "gns/seed1", seed=3)
     check_refused(lambda: read_all([folder]), "gns/seed1", "seed", "1 and 3")
     write_run(folder / "gns/seed1", config={"train-data": "/else/where/train.bin"})
@@ -525,6 +543,68 @@ def test_partial(folder: Path) -> None:
         and compare(two).arms[0].against_reference.n == 1,
         "two runs",
     )
+
+
+def test_honest(folder: Path) -> None:
+    """What the page must not hide: disturbed times, lost losses, rates that differ, other recipes."""
+    arms = {
+        "fixed": {},
+        "fixed@lr2e-3": {"speed": 3e4, "config": {"lr": 2e-3}},
+        "ramp": {"first_batch": 4, "scale": 0.9, "config": {"lr": 5e-4}},
+        "short": {"budget": 0.8 * BUDGET, "config": {"weight-decay": 0.5}},
+        "fitted": {"budget": 0.8 * BUDGET, "config": {"warmup": 0.08 * BUDGET}},
+        "warm": {"budget": 0.8 * BUDGET, "config": {"warmup": 0.4 * BUDGET}},
+    }
+    for name in ("fixed", "fixed@lr2e-3"):
+        arms[name] = arms[name] | {"config": arms[name].get("config", {}) | {"warmup": 0.1 * BUDGET}}
+    e = invent(folder, arms)
+    results = compare(e)
+    check("fixed@lr2e-3/seed" in results.disturbed and "at 30K tokens" in results.disturbed, f"{results.disturbed}")
+    originals = {arm.name: original.name for arm in e.arms if (original := e.original(arm))}
+    check(originals == {"fitted": "fixed"}, f"only the same recipe, warm-up included, is a repetition: {originals}")
+    words = dict(summary_words(e, results))
+    check("ramp at 0.0005" in words["Final loss"] and "ramp at 0.0005" in words["Saved along the run"], "another rate")
+    check("Times are not comparable" in words["Saved along the run"], "the summary says so")
+    check("Of the device time" not in " ".join(words.values()), "and nothing of time saved")
+    done = report(folder)
+    text = (folder / "report/index.html").read_text()
+    check(done.returncode == 0 and "<td class=text>times are not comparable</td>" in text, "nor do the tables")
+    log = folder / "ramp/seed2/log.csv"
+    log.write_text(with_final_loss(log.read_text(), math.nan))
+    words = " ".join(notes(read_all([folder])))
+    check("Finished without a validation loss that is a number: ramp/seed2." in words, f"a lost loss: {words}")
+    undisturbed = invent(folder / "b", {"fixed": {}, "ramp": {"first_batch": 4, "speed": 3e4}})
+    check(compare(undisturbed).disturbed == "", "other batches may have another speed")
+
+
+def test_noise_figures(folder: Path) -> None:
+    """Groups that are measured in other steps end at the noise scale that they have there, and one wild estimate with a
+    wide error does not turn the fit."""
+    run = write_run(folder / "a")
+    rows = list(csv.DictReader((run / "log.csv").open()))
+    rng = np.random.default_rng(2)
+    for i, row in enumerate(rows):
+        tokens = float(row["tokens_processed"])
+        for group, factor in (("ln", 1.0), ("total", 2.0)):
+            noise, size = factor * (5 + 60 * tokens / BUDGET), math.exp(-6 * tokens / BUDGET)
+            noise *= math.exp(0.05 * rng.standard_normal())
+            measured = group == "ln" or i % 8 == 0
+            row[f"gns/{group}/gtg"] = repr(size) if measured else ""
+            row[f"gns/{group}/trsigma"] = repr(size * noise) if measured else ""
+    wild = max(i for i in range(len(rows)) if i % 8 == 0)
+    rows[wild]["gns/ln/gtg"] = repr(1e-3 * float(rows[wild]["gns/ln/gtg"]))
+    with (run / "log.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | {"gns-tau": 2e4}))
+    e = read_all([run])
+    fit = figures.layernorm_fit(e)
+    check(fit is not None and 1.9 < fit.line.factor < 2.1 and fit.line.r > 0.9, f"twice the LayerNorms': {fit.line}")
+    axes = figures.phase_figure(e, compare(e)).axes[0]
+    ends = {line.get_label(): line.get_ydata()[-1] / line.get_xdata()[-1] for line in axes.lines}
+    check(50 < ends["LayerNorm"] < 75 and 100 < ends["total"] < 150, f"noise scale at the end of each path: {ends}")
+    figures.plt.close("all")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -578,6 +658,7 @@ def test_sweep(folder: Path) -> None:
     # Lowest mean 1.93; of the best means 1.93, 1.99, 1.99 the median is 0.06 above: a tenth of 1.93 is more.
     check_close(sweep.limit, 1.93 * 1.1, 1e-9, "what is far above")
     check([sweep.far_seeds(v) for v in of["ramp"].variants] == [0, 0, 0, 2], "diverged runs are")
+    check([sweep.is_far(v) for v in of["ramp"].variants] == [False, False, False, True], "and their mean")
     look = looks(e)
     check(len({look[n].colour for n in losses if n.startswith("ramp")}) == 1, "variants have their arm's colour")
     order = [arm.name for arm in e.by_stem]
@@ -676,6 +757,8 @@ def test_sweep_seeds(folder: Path) -> None:
     check("nothing shown (one seed, no interval): ramp at 0.004, gns at 0.002 (n = 1)" in words, f"one seed: {words}")
     check(compare(one).sweep.families[0].edge == "highest", "whose best rate may be another one")
     check(figures.sweep_figure(one, compare(one)) is not None, "one seed has a figure")
+    check_sweep_axis(folder / "e")
+    check_few_seeds(folder / "f")
     none = invent_sweep(folder / "c", {"fixed": three, "ramp": three, "gns@lr0.002": three})
     check(compare(none).sweep is None and figures.sweep_figure(none, compare(none)) is None, "one rate each: no sweep")
     growing = invent_sweep(folder / "d", {"ramp@lr0.002": three, "ramp@lr0.004": three}, ())
@@ -686,6 +769,54 @@ def test_sweep_seeds(folder: Path) -> None:
     words = dict(summary_words(growing, compare(growing)))["At each arm's best learning rate"]
     check(words.startswith("No constant batch has finished."), f"and says so: {words}")
     figures.plt.close("all")
+
+
+def check_sweep_axis(folder: Path) -> None:
+    """A seed above the axis of a mean within it; a mean in the arrowheads' room; an outlying seed of the final losses."""
+    losses = {
+        "fixed": {1: 2.0, 2: 2.02, 3: 1.98, 4: 2.0, 5: 2.0},
+        "fixed@lr0.002": {1: 2.19, 2: 2.19, 3: 2.19, 4: 2.19, 5: 2.215},
+        "fixed@lr0.004": {1: 2.21, 2: 2.21, 3: 2.21, 4: 2.21, 5: 2.21},
+        "ramp": {1: 2.01, 2: 2.0, 3: 1.99, 4: 2.0, 5: 2.0},
+        "ramp@lr0.002": {1: 2.0, 2: 2.02, 3: 1.98, 4: 2.0, 5: 1.9},
+        "gns": {1: 2.0, 2: 2.0, 3: 2.0, 4: 2.0, 5: 2.9},
+        "ramp@lr0.004": {1: 9.0, 2: 9.0, 3: 9.0, 4: 9.0, 5: 9.0},
+    }
+    e = invent_sweep(folder, losses)
+    results = compare(e)
+    far = [v.arm.name for f in results.sweep.families for v in f.variants if results.sweep.is_far(v)]
+    check(far == ["ramp@lr0.004"], f"only what cannot be drawn is an arrowhead: {far}")
+    axes = figures.sweep_figure(e, results).axes[0]
+    arrow = next(line.get_ydata()[0] for line in axes.lines if line.get_marker() == "^" and len(line.get_xdata()) > 0)
+    check(2.21 < arrow < axes.get_ylim()[1], f"which stands above all means: {arrow}")
+    caption = captions(e, results)["sweep"].text
+    check("means above the axis: ramp at 0.004 (9.00)." in caption, f"so says the caption: {caption}")
+    axes = figures.final_figure(e, results).axes[0]
+    left, right = axes.get_xlim()
+    seeds = np.concatenate([line.get_xdata() for line in axes.lines if line.get_marker() == "|"])
+    edges = [line for line in axes.lines if line.get_marker() in "<>" and line.get_marker()]
+    outside = int(np.sum((seeds < left) | (seeds > right)))
+    check(
+        len(seeds) == 25 and outside == 1 and len(edges) == outside + 1,
+        f"seeds outside {left:.2f}..{right:.2f}: {outside}, {len(edges)}",
+    )
+    figures.plt.close("all")
+
+
+def check_few_seeds(folder: Path) -> None:
+    """The best constant batch is the same everywhere on the page, and a better one with fewer seeds is named."""
+    losses = {
+        "fixed": {1: 2.0, 2: 2.1, 3: 1.9},
+        "fixed@lr0.002": {1: 2.2, 2: 2.3, 3: 2.1},
+        "const1": {1: 1.7, 2: 1.8},
+        "ramp": {1: 1.99, 2: 2.09, 3: 1.89},
+        "ramp@lr0.002": {1: 2.2, 2: 2.3, 3: 2.1},
+    }
+    e = invent_sweep(folder, losses, ("fixed", "const1"))
+    results = compare(e)
+    check(results.best_constant.name == results.sweep.best_constant.best.arm.name == "fixed", "one best constant batch")
+    words = dict(summary_words(e, results))["At each arm's best learning rate"]
+    check("is not settled: const1 at 0.001." in words, f"a better one with fewer seeds is named: {words}")
 
 
 def test_rate_axis() -> None:
@@ -787,8 +918,8 @@ def main() -> int:
         test_rate_axis,
     ):
         test()
-    in_folder = (test_reading, test_running, test_damaged, test_experiment, test_page, test_partial)
-    for test in (*in_folder, test_sweep, test_sweep_seeds):
+    in_folder = (test_reading, test_running, test_damaged, test_experiment, test_page, test_partial, test_honest)
+    for test in (*in_folder, test_noise_figures, test_sweep, test_sweep_seeds):
         with tempfile.TemporaryDirectory() as folder:
             test(Path(folder))
     with tempfile.TemporaryDirectory() as folder:

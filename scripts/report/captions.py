@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from .drawing import rate_name
-from .figures import diagnosed, layernorm_fit
+from .figures import PHASE_SMOOTHING, diagnosed, layernorm_fit
 from .results import Results
 from .runs import Experiment
 from .sweep import Family, Sweep
@@ -44,14 +44,15 @@ def captions(experiment: Experiment, results: Results) -> dict[str, Caption]:
         "final": Caption(
             "Final loss",
             f"Difference of the final validation loss from that of {reference}: each seed (bar), mean (dot) and 95% t "
-            "interval (line, which may leave the figure). An interval across the black line shows no difference."
+            "interval (line, which may leave the figure; a small arrowhead at the edge is a seed beyond it). An interval "
+            "across the black line shows no difference."
             + final_words(results.sweep),
         ),
         "sweep": Caption("Final loss by peak learning rate", sweep_words(results.sweep)),
         "batch": Caption(
             "Batch size and noise scale",
             "Batch size (thick, in the arm's colour) and gradient noise scale of the LayerNorms (orange, with a band "
-            "of ± 2 standard errors) of each arm's first seed.",
+            "of ± 2 standard errors, which know of the noise from step to step only) of each arm's first seed.",
         ),
         "lr": Caption(
             "Learning rate",
@@ -64,8 +65,8 @@ def final_words(sweep: Sweep | None) -> str:
     """What learning-rate sweeps add to the figure of the final losses."""
     if sweep is None:
         return ""
-    is_any_far = any(sweep.far_seeds(v) > 0 for family in sweep.families for v in family.variants)
-    far = " Arrowheads at the right edge: means far outside the figure, with their value." if is_any_far else ""
+    is_any_far = any(sweep.is_far(v) for family in sweep.families for v in family.variants)
+    far = " Large arrowheads with a value: means beyond the right edge." if is_any_far else ""
     return f" The variants of an arm stand together, by learning rate.{far}"
 
 
@@ -84,23 +85,22 @@ def sweep_words(sweep: Sweep | None) -> str:
         "those with the most seeds: there arms are compared. An arm with its ring at an end of its line may be better "
         "beyond."
     )
-    outside = [words for family in sweep.drawn if (words := far_words(sweep, family))]
+    outside = [words for family in sweep.drawn if (words := far_words(sweep, family, True))]
     if outside:
-        what = "means of seeds of which some or all are" if several else "losses"
-        text += (
-            f" Arrowheads at the top edge, reached by dotted lines, are {what} far above the axis, as of runs that "
-            f"diverged: {'; '.join(outside)}."
-        )
-    return text
+        what = "means" if several else "losses"
+        text += f" Arrowheads at the top edge, on dotted lines, are {what} above the axis: {'; '.join(outside)}."
+    seeds = [words for family in sweep.drawn if (words := far_words(sweep, family, False))]
+    return text + (f" Seeds above the axis, of means within it: {'; '.join(seeds)}." if seeds else "")
 
 
-def far_words(sweep: Sweep, family: Family) -> str:
-    """ramp at 0.008 (1.32, 1 of 3 seeds), 0.016 (2.50)"""
+def far_words(sweep: Sweep, family: Family, far_mean: bool) -> str:
+    """Of the means above the axis, or of those within it with seeds above: ramp at 0.008 (1.32, 1 of 3 seeds), ..."""
     found = []
     for v in family.variants:
         far, seeds = sweep.far_seeds(v), len(v.losses)
         of_seeds = f", {far} of {seeds} seeds" if far < seeds else ""
-        found += [f"{rate_name(v.rate)} ({v.mean:.2f}{of_seeds})"] if far else []
+        if far > 0 and sweep.is_far(v) == far_mean:
+            found.append(f"{rate_name(v.rate)} ({v.mean:.2f}{of_seeds})")
     return f"{family.name} at {', '.join(found)}" if found else ""
 
 
@@ -117,13 +117,14 @@ def noise_captions(experiment: Experiment) -> dict[str, Caption]:
         ),
         "layernorm": Caption(
             "LayerNorm against total",
-            "Each dot is a step (the highest hundredth may lie outside): the noise scale of all tensors against that "
+            "Each dot is a step (the highest few may lie outside): the noise scale of all tensors against that "
             f"of the LayerNorms alone, which costs next to nothing to measure.{fit_words(experiment)}{of_run}",
         ),
         "phase": Caption(
             "Signal and noise",
-            "Both components of the noise scale, smoothed with an EMA of 0.99 a step, from the run's start (dot) to "
-            f"its end (cross). Grey lines have one noise scale each, tr(Σ)/|G|², named at their ends.{of_run}",
+            f"Both components of the noise scale, smoothed over {PHASE_SMOOTHING} times as many tokens as in the run, "
+            "from its start (dot) to its end (cross). Grey lines have one noise scale each, tr(Σ)/|G|², named at their "
+            f"ends.{of_run}",
         ),
     }
 
@@ -133,8 +134,7 @@ def fit_words(experiment: Experiment) -> str:
     if fit is None:
         return ""
     return (
-        f" Least squares over {len(fit.x):,} steps: slope {fit.line.slope:.2f}, intercept {fit.line.intercept:.1f}, r "
-        f"= {fit.line.r:.3f} (solid); slope through the origin {fit.line.factor:.2f} (dashed). Neighbouring steps "
-        "share their smoothing, so r says how closely the two move together, not how many independent points there "
-        "are."
+        f" Least squares over {len(fit.x):,} steps, each weighed by the standard errors of both: slope "
+        f"{fit.line.slope:.2f}, intercept {fit.line.intercept:.1f}, r = {fit.line.r:.3f} (solid); slope through the "
+        f"origin {fit.line.factor:.2f} (dashed). Steps within a smoothing length are not independent of each other."
     )

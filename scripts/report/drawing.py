@@ -17,7 +17,8 @@ from .runs import Experiment
 WIDTH = 7.0  # inches, of a page of text
 POINTS = 1500  # of a curve; more cannot be told apart on paper
 COLOURS = (BLUE, GREEN, PURPLE, SKY, YELLOW)  # of arms; orange is the noise scale of the LayerNorms
-DASHED, DOTTED, DASH_DOTTED = (0, (4, 1.5)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5))
+DASHED, DOTTED = (0, (4, 1.5)), (0, (1, 1.5))
+STYLES = ("-", (0, (6, 1.5, 1, 1.5)), (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (12, 3)), (0, (3, 1.5, 3, 1.5, 1, 1.5)))
 LEADER = {"arrowstyle": "-", "linewidth": 0.5, "alpha": 0.6}  # from a line to its name
 CONSTANTS = ("-", (0, (6, 1.5)), (0, (3, 1.5)), (0, (1, 1.5)))
 
@@ -63,7 +64,8 @@ def looks(experiment: Experiment) -> dict[str, Look]:
             found[stem] = Look(GREY, CONSTANTS[constants % len(CONSTANTS)])
             constants += 1
         else:
-            found[stem] = Look(COLOURS[coloured % len(COLOURS)], "-" if coloured < len(COLOURS) else DASH_DOTTED)
+            style = STYLES[coloured // len(COLOURS) % len(STYLES)]
+            found[stem] = Look(COLOURS[coloured % len(COLOURS)], style)
             coloured += 1
     variants = {arm.name: Look(found[arm.stem].colour, DOTTED) for arm in experiment.arms if arm.name not in found}
     return found | variants | {reference.name: Look(BLACK, "-")}

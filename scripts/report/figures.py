@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from gns_analysis import Regression, paired_per_token, regress
-from gnslog import GROUPS, Array, component_ema, format_tokens, group_components, smoothing_length
+from gnslog import GROUPS, Array, format_tokens, fraction_ema, group_components, smoothing_length, token_ema
 from gnsplot import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, band, limit_to_bulk, plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -37,10 +37,10 @@ from .drawing import (
     time_scale,
     token_scale,
 )
-from .results import Result, Results
+from .results import Result, Results, final_differences
 from .runs import Arm, Experiment, Run
 from .savings import Interval
-from .sweep import Family, Sweep
+from .sweep import ARROW_ROOM, Family, Sweep
 
 GROUP_NAMES = {
     "ln": "LayerNorm",
@@ -51,6 +51,7 @@ GROUP_NAMES = {
     "total": "total",
     "total_nowte": "total without tokens",
 }
+PHASE_SMOOTHING = 5  # times the run's own smoothing length
 GROUP_COLOURS = dict(zip(GROUPS, (ORANGE, BLUE, GREEN, PURPLE, SKY, BLACK, GREY)))
 
 
@@ -235,7 +236,8 @@ def name_if_outside(axes: Axes, seconds: list[Interval]) -> None:
     if known and not low < known[-1] < high:
         place, edge = ((0.97, 0.05), "bottom") if known[-1] < low else ((0.97, 0.95), "top")
         text = f"time {known[-1]:.0%}".replace("-", "−")
-        axes.annotate(text, place, xycoords="axes fraction", ha="right", va=edge, fontsize=7)
+        box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
+        axes.annotate(text, place, xycoords="axes fraction", ha="right", va=edge, fontsize=7, bbox=box)
 
 
 def final_figure(experiment: Experiment, results: Results) -> Figure | None:
@@ -245,18 +247,25 @@ def final_figure(experiment: Experiment, results: Results) -> Figure | None:
     if not shown:
         return None
     sweep = results.sweep
-    far = {v.arm.name for f in sweep.families for v in f.variants if sweep.far_seeds(v)} if sweep else set()
+    far = {v.arm.name for f in sweep.families for v in f.variants if sweep.is_far(v)} if sweep else set()
     rows = rows_of_families([r.arm for r in shown])
     figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.26 * (rows[-1] + 1)), layout="constrained")
-    look, reference = looks(experiment), experiment.reference.finished()
-    limit_bars(axes, [r.against_reference for r in shown if r.arm.name not in far])
+    look = looks(experiment)
+    differences = {r.arm.name: final_differences(r.arm, experiment.reference) for r in shown}
+    near = [r for r in shown if r.arm.name not in far] or shown
+    limit_bars(axes, [r.against_reference for r in near], [x for r in near for x in differences[r.arm.name]])
+    left, right = axes.get_xlim()
     for row, result in zip(rows, shown):
-        i, colour, finished = result.against_reference, look[result.arm.name].colour, result.arm.finished()
-        if result.arm.name in far:
+        i, colour = result.against_reference, look[result.arm.name].colour
+        if i.mean > right:
             draw_far(axes, row, i.mean, colour)
             continue
-        seeds = [finished[s].final_loss - reference[s].final_loss for s in finished.keys() & reference.keys()]
+        seeds = np.array(differences[result.arm.name])
         axes.plot(seeds, [row] * len(seeds), "|", color=colour, markersize=6, alpha=0.7)
+        for outside, edge, marker in ((seeds < left, 0, "<"), (seeds > right, 1, ">")):
+            if outside.any():
+                across = axes.get_yaxis_transform()
+                axes.plot(edge, row, marker, color=colour, markersize=4, alpha=0.7, transform=across, clip_on=False)
         axes.plot([i.low, i.high], [row, row], color=colour, linewidth=1.6)
         axes.plot(i.mean, row, "o", color=colour, markersize=4.5)
     axes.axvline(0, color=BLACK, linewidth=1)
@@ -292,12 +301,12 @@ def draw_far(axes: Axes, row: float, mean: float, colour: str) -> None:
     axes.annotate(text, (0.975, row), xycoords=across, ha="right", va="center", fontsize=7, color=colour)
 
 
-def limit_bars(axes: Axes, intervals: list[Interval]) -> None:
-    """So that two seeds' enormous intervals do not flatten the means: they may leave the figure."""
+def limit_bars(axes: Axes, intervals: list[Interval], seeds: list[float]) -> None:
+    """So that two seeds' enormous intervals and diverged seeds do not flatten the means: they may leave the figure."""
     means = [i.mean for i in intervals] + [0.0]
     reach = max(max(means) - min(means), 1e-4)
-    edges = [edge for i in intervals for edge in (i.low, i.high) if math.isfinite(edge)] or means
-    left, right = min(edges + means) - 0.05 * reach, max(edges + means) + 0.05 * reach
+    ends = [end for i in intervals for end in (i.low, i.high) if math.isfinite(end)] + means + seeds
+    left, right = min(ends) - 0.05 * reach, max(ends) + 0.05 * reach
     axes.set_xlim(max(left, min(means) - reach), min(right, max(means) + reach))
 
 
@@ -333,12 +342,12 @@ def sweep_figure(experiment: Experiment, results: Results) -> Figure | None:
 
 def limit_losses(axes: Axes, sweep: Sweep) -> float:
     """Limits the axis to what is not far above the rest; returns where the arrowheads of the others stand."""
-    losses = [loss for family in sweep.drawn for v in family.variants for loss in v.losses.values()]
-    near = [loss for loss in losses if loss <= sweep.limit]
-    margin = 0.06 * max(max(near) - min(near), 1e-4)
-    top = max(near) + (3.5 if len(near) < len(losses) else 1) * margin
-    axes.set_ylim(min(near) - 1.5 * margin, top)
-    return top - 0.7 * margin
+    shown = [v for family in sweep.drawn for v in family.variants]
+    near = [loss for v in shown for loss in (v.mean, *v.losses.values()) if loss <= sweep.limit]
+    height = max(max(near) - min(near), 1e-4)
+    top = max(near) + (ARROW_ROOM if any(sweep.is_far(v) for v in shown) else 0.06) * height
+    axes.set_ylim(min(near) - 0.09 * height, top)
+    return top - 0.04 * height
 
 
 def arrow_shifts(sweep: Sweep, step: float, gap: float) -> dict[tuple[str, float], float]:
@@ -346,7 +355,7 @@ def arrow_shifts(sweep: Sweep, step: float, gap: float) -> dict[tuple[str, float
 
     A step apart, but within the gap between rates.
     """
-    outside = [(family.name, v.rate) for family in sweep.drawn for v in family.variants if sweep.far_seeds(v)]
+    outside = [(family.name, v.rate) for family in sweep.drawn for v in family.variants if sweep.is_far(v)]
     shifts: dict[tuple[str, float], float] = {}
     for rate in {rate for _, rate in outside}:
         names = [name for name, at in outside if at == rate]
@@ -366,7 +375,7 @@ def draw_family(
 ) -> Path:
     """Seeds (small dots, so far aside), means, the best one (ring), and arrowheads at `top` for what is far."""
     rates, means = np.array([(v.rate, v.mean) for v in family.variants]).T
-    inside = np.array([sweep.far_seeds(v) == 0 for v in family.variants])
+    inside = np.array([not sweep.is_far(v) for v in family.variants])
     beside = np.array([v.rate * math.exp(arrows.get((family.name, v.rate), 0)) for v in family.variants])
     x, y = np.where(inside, rates, beside), np.where(inside, means, top)
     for k in range(len(x) - 1):
@@ -380,7 +389,7 @@ def draw_family(
     seeds = [(v.rate * math.exp(aside), loss) for v in several for loss in v.losses.values() if loss <= sweep.limit]
     dots = np.reshape(seeds, (-1, 2))
     axes.plot(*dots.T, ".", color=look.colour, markersize=4.5, alpha=0.6, markeredgewidth=0)
-    if family.is_tuned and sweep.far_seeds(family.best) == 0:
+    if family.is_tuned and not sweep.is_far(family.best):
         axes.plot(family.best.rate, family.best.mean, "o", color=look.colour, markersize=9, fillstyle="none")
     return Path(x, y, dots, family.name, look.colour)
 
@@ -479,7 +488,8 @@ def groups_figure(experiment: Experiment, _: Results) -> Figure | None:
 
 @dataclass(frozen=True)
 class LayerNormFit:
-    """The total's noise scale (y) on that of the LayerNorms (x), both smoothed by tokens as in the run."""
+    """The total's noise scale (y) on that of the LayerNorms (x), both smoothed by tokens as in the run, each step weighed
+    by the standard errors of both."""
 
     total: str  # its group
     x: Array
@@ -494,8 +504,11 @@ def layernorm_fit(experiment: Experiment) -> LayerNormFit | None:
     if "ln" not in measured or total is None:
         return None
     tau, _ = smoothing_length(run.log, None)
-    x, y = paired_per_token(group_components(run.log, "ln"), group_components(run.log, total), tau)
-    line = regress("per token", math.nan, x, y)
+    ln, other = group_components(run.log, "ln"), group_components(run.log, total)
+    if ln is None or other is None:
+        return None
+    x, y, weights = paired_per_token(ln, other, tau)
+    line = regress("per token", math.nan, x, y, weights)
     return LayerNormFit(total, x, y, line) if line is not None else None
 
 
@@ -505,7 +518,7 @@ def layernorm_figure(experiment: Experiment, _: Results) -> Figure | None:
     if fit is None:
         return None
     figure, axes = plt.subplots(figsize=(0.62 * WIDTH, 3.4), layout="constrained")
-    right, top = (1.1 * np.quantile(values, 0.99) for values in (fit.x, fit.y))
+    right, top = (1.1 * np.quantile(values, 0.97) for values in (fit.x, fit.y))
     solid, dashed = fit.line.intercept + fit.line.slope * right, fit.line.factor * right
     axes.plot(*thin(fit.x, fit.y), ".", color=BLUE, markersize=2.5, alpha=0.5)
     axes.plot([0, right], [fit.line.intercept, solid], color=BLACK)
@@ -522,15 +535,22 @@ def layernorm_figure(experiment: Experiment, _: Results) -> Figure | None:
 
 
 def phase_figure(experiment: Experiment, _: Results) -> Figure | None:
-    """tr(Sigma) against |G|^2, from the start of the run (dot) to its end (cross)."""
+    """tr(Sigma) against |G|^2, from the start of the run (dot) to its end (cross).
+
+    Smoothed over tokens, so that groups that were measured in other steps can be compared, in shares and in logarithms,
+    as both fall by decades: their ratio is the noise scale as the trainer estimates it.
+    """
     run = diagnosed(experiment)
-    paths = {}
+    tau, paths = PHASE_SMOOTHING * smoothing_length(run.log, None)[0], {}
     for group in measured_groups(run):
         components = group_components(run.log, group)
-        smooth = component_ema(components)
-        good = (smooth.gtg > 0) & (smooth.trsigma > 0) & np.isfinite(smooth.gns)
+        if components is None:
+            continue
+        both = fraction_ema(components, tau)
+        size = np.exp(token_ema(components.tokens, np.log(components.m), tau))
+        good = (both.gtg > 0) & (both.trsigma > 0)
         if good.any():
-            paths[group] = thin(smooth.gtg[good], smooth.trsigma[good])
+            paths[group] = thin((size * both.gtg)[good], (size * both.trsigma)[good])
     if not paths:
         return None
     figure, axes = plt.subplots(figsize=(WIDTH, 4.4), layout="constrained")

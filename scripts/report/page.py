@@ -5,6 +5,7 @@ One file without anything outside it: the figures are inside, as SVG. Whatever s
 
 import base64
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,9 @@ summary { cursor: pointer; }
 """
 
 
+NOT_COMPARABLE = "times are not comparable"
+
+
 @dataclass(frozen=True)
 class Picture:
     caption: Caption
@@ -68,21 +72,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Se
 
 
 def arms_table(experiment: Experiment) -> str:
-    header = ["arm", "what", "finished", "steps", "mean batch", "tokens", "device time", "final loss", "s.d."]
-    return table(header, [arm_row(arm, len(experiment.seeds)) for arm in experiment.arms], (1,)) + paragraph(
-        "Means over the finished runs of each arm (over all of it where none has finished). Mean batch in sequences; "
+    names = "arm, what, peak rate, finished, steps, mean batch, tokens, device time, final loss, s.d."
+    return table(names.split(", "), [arm_row(arm) for arm in experiment.arms], (1,)) + paragraph(
+        "Means over the finished runs of each arm (over all of it where none has finished), of those that have begun. "
+        "Peak learning rate; mean batch in sequences; "
         "device time is the sum of dt over the steps, without evaluations and checkpoints; final loss is the "
         "validation loss, in nats per token, after the last step; s.d. is its standard deviation over the seeds."
     )
 
 
-def arm_row(arm: Arm, seeds: int) -> list[str]:
+def arm_row(arm: Arm) -> list[str]:
     runs = list(arm.finished().values()) or list(arm.runs.values())
     losses = [run.final_loss for run in arm.finished().values()]
     return [
         arm.name,
         arm.title,
-        f"{len(losses)} of {seeds}",
+        rate_name(arm.rate) if math.isfinite(arm.rate) else "–",
+        f"{len(losses)} of {len(arm.runs)}",
         f"{np.mean([r.steps for r in runs]):,.0f}",
         number(float(np.mean([r.mean_batch for r in runs])), 1),
         format_tokens(float(np.mean([r.tokens[-1] for r in runs]))),
@@ -108,9 +114,9 @@ def final_table(experiment: Experiment, results: Results) -> str:
         "Final validation loss of the arm less that of the other one, in nats per token (negative: the arm is "
         "better): mean over the n seeds that both have finished, with its 95% t interval. Intervals are not widened "
         "for the number of comparisons: of twenty arms without any effect, one is expected to seem to have one. The "
-        "best constant is the arm of constant batch and full budget with the lowest mean, learning-rate sweeps "
-        f"included; as it was chosen after the fact, it is a hard rival. Arms on another budget than {reference}'s "
-        "count here as they are."
+        "best constant is the arm of constant batch and full budget with the lowest mean over the seeds that all such "
+        "arms have finished (where there is a learning-rate sweep, that of the next table); as it was chosen after the "
+        f"fact, it is a hard rival. Arms on another budget than {reference}'s count here as they are."
     )
     header = ["final loss", *(name for name, _ in columns), "n", f"against {reference}"]
     return table(header, rows, (5,)) + paragraph(text) if rows else ""
@@ -127,8 +133,8 @@ def sweep_section(sweep: Sweep | None) -> str:
         "Finished runs only. The best rate of an arm is the peak learning rate with the lowest mean final loss of "
         "those that were run, "
         "among the rates with the most seeds (of equal means the lower one); in parentheses, seeds of rates with "
-        "fewer. The best constant batch is chosen in the same way, after the fact, among the arms of constant batch, "
-        "each at its best rate. Difference: final loss at the arm's best rate less that of the best constant batch at "
+        "fewer. The best constant batch is chosen in the same way, after the fact, among the arms of constant batch that "
+        "have the most seeds, each at its best rate. Difference: final loss at the arm's best rate less that of the best constant batch at "
         "its own, in nats per token, negative where the arm is better: mean over the n seeds that both have finished, "
         "with its 95% t interval. Choosing the lowest of several means flatters arms with many rates a little. Where "
         "the best rate is the lowest or the highest run, a better one may lie beyond; an arm with one rate is not "
@@ -154,8 +160,10 @@ def quarters_table(experiment: Experiment, results: Results, of_time: bool) -> s
         if any(k is not None for k in levels):
             found = [level_cell(result, k, of_time) for k in levels]
             last = level_interval(result, levels[-1], of_time)
-            n = max((level_interval(result, k, of_time).n for k in levels), default=0)
-            rows.append([result.arm.name, *found, str(n), saving_verdict(last) if last.n else found[-1]])
+            counts = {i.n for k in levels if (i := level_interval(result, k, of_time)).n}
+            n = " to ".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else "0"
+            shown = saving_verdict(last) if last.n else found[-1]
+            rows.append([result.arm.name, *found, n, NOT_COMPARABLE if of_time and results.disturbed else shown])
     what = "device time" if of_time else "tokens"
     header = [f"{what} saved", *(f"by {q:.0%}" for q in QUARTERS), "n", "verdict by 100%"]
     return table(header, rows, (6,)) if rows else ""
@@ -221,7 +229,8 @@ def worth_table(experiment: Experiment, results: Results) -> str:
             nothing = f"more tokens bought {reference} nothing in {r.worth.worthless} seeds"
             prolonged = nothing if r.worth.worthless else f"{r.worth.beyond} of {r.worth.tokens.n}"
             shares = share(r.worth.tokens), share(r.worth.seconds)
-            verdicts = saving_verdict(r.worth.tokens), saving_verdict(r.worth.seconds)
+            of_time = NOT_COMPARABLE if results.disturbed else saving_verdict(r.worth.seconds)
+            verdicts = saving_verdict(r.worth.tokens), of_time
             rows.append([r.arm.name, *shares, str(r.worth.tokens.n), prolonged, *verdicts])
     if not rows:
         return ""

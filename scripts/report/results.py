@@ -7,7 +7,9 @@
     worth          what any arm's final loss is worth in tokens, by the reference's own final losses on several budgets
 
 The best constant batch is chosen after the fact, as the arm of constant batch and full budget with the lowest mean
-final loss: a yardstick that is harder to beat than any constant chosen beforehand.
+final loss: a yardstick that is harder to beat than any constant chosen beforehand. Where arms were run at several
+learning rates it is that of sweep.py, at its best rate; else the lowest over the seeds that all such arms have
+finished.
 """
 
 import math
@@ -16,12 +18,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from gnslog import format_tokens
 
 from .runs import Arm, Experiment, Run
 from .savings import NOTHING, Interval, Pair, SavingsAlong, Worth, saved_share, savings_along, t_interval, worth
 from .sweep import Sweep, read_sweep
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of the reference's budget, at which the tables read the savings along the run
+SAME_SPEED = 1.3  # runs that do the same work on the same machine, undisturbed, differ by less
+LISTED = 12  # names in a note; of more, their number
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,12 @@ class Results:
     arms: list[Result]  # all but the reference
     fitted: list[Fitted]
     sweep: Sweep | None
+    disturbed: str  # why device times cannot be compared; empty if nothing speaks against it
 
 
 def compare(experiment: Experiment) -> Results:
-    best, mean = best_constant(experiment), experiment.arm("mean")
+    sweep = read_sweep(experiment)
+    best, mean = best_constant(experiment, sweep), experiment.arm("mean")
     lines = reference_worth(experiment)
     results = []
     for arm in experiment.others:
@@ -81,7 +88,7 @@ def compare(experiment: Experiment) -> Results:
             )
         )
     repeats = [fitted(experiment, arm) for arm in experiment.others if experiment.original(arm)]
-    return Results(best, results, repeats, read_sweep(experiment))
+    return Results(best, results, repeats, sweep, disturbed(experiment))
 
 
 def fitted(experiment: Experiment, arm: Arm) -> Fitted:
@@ -101,8 +108,10 @@ def reference_repeats(experiment: Experiment) -> list[Arm]:
     return [arm for arm in experiment.others if experiment.original(arm) is experiment.reference]
 
 
-def best_constant(experiment: Experiment) -> Arm | None:
-    """Over the seeds that all such arms have finished."""
+def best_constant(experiment: Experiment, sweep: Sweep | None) -> Arm | None:
+    """That of the sweep; or else over the seeds that all such arms have finished."""
+    if sweep is not None:
+        return sweep.best_constant.best.arm if sweep.best_constant else None
     arms = [
         arm
         for arm in experiment.arms
@@ -121,9 +130,11 @@ def over_pairs(a: Arm, b: Arm, number: Callable[[Run, Run], float]) -> list[floa
 
 
 def final_difference(arm: Arm, other: Arm | None) -> Interval:
-    if other is None or other is arm:
-        return NOTHING
-    return t_interval(over_pairs(arm, other, lambda x, y: x.final_loss - y.final_loss))
+    return NOTHING if other is None or other is arm else t_interval(final_differences(arm, other))
+
+
+def final_differences(arm: Arm, other: Arm) -> list[float]:
+    return over_pairs(arm, other, lambda x, y: x.final_loss - y.final_loss)
 
 
 def along(reference: Arm, arm: Arm) -> SavingsAlong:
@@ -176,14 +187,21 @@ def notes(experiment: Experiment) -> list[str]:
     """What a reader must know of the runs before trusting the numbers."""
     runs = experiment.runs()
     found = []
-    running = [f"{run.folder.parent.name}/{run.folder.name} ({share_done(run)})" for run in runs if not run.finished]
-    found += [f"Not started: {', '.join(experiment.missing)}."] if experiment.missing else []
-    found += [f"Not finished: {', '.join(running)}. They count along the run, and in no final loss."] if running else []
+    running = [f"{name_of(run)} ({share_done(run)})" for run in runs if not run.finished]
+    lost = [name_of(run) for run in runs if run.finished and not math.isfinite(run.final_loss)]
+    for names, before, after in (
+        (running, "Not finished: ", ". They count along the run, and in no final loss."),
+        (lost, "Finished without a validation loss that is a number: ", ". They are in no final loss."),
+        (experiment.missing, "Not started: ", "."),
+        (experiment.unknown, "Left out, as plan.json does not have them: ", "."),
+    ):
+        found += [before + listed(names) + after] if names else []
+    found += [text] if (text := disturbed(experiment)) else []
     for run in runs:
         skipped = int(np.nansum(run.column("skipped") != 0)) if "skipped" in run.log.columns else 0
         found += [f"{run.folder} skipped the update of {skipped} steps."] if skipped else []
     for key, what in (
-        ("device", "Times are not comparable: the runs' devices differ"),
+        ("device", "The runs' devices differ"),
         ("git-revision", "The trainer's revisions differ"),
         ("build-flags", "The trainer's build flags differ"),
     ):
@@ -195,6 +213,39 @@ def notes(experiment: Experiment) -> list[str]:
             "before."
         )
     return found
+
+
+def disturbed(experiment: Experiment) -> str:
+    """Why the runs' times cannot be compared: of other devices, or of very different speed at the same batches."""
+    if len({str(run.config.get("device")) for run in experiment.runs() if run.config}) > 1:
+        return "Times are not comparable: the runs' devices differ."
+    alike: dict[tuple[object, ...], list[Run]] = {}
+    for run in experiment.runs():
+        batches = run.config.get("batch-schedule"), run.config.get("batch-tokens"), run.budget
+        if run.config and batches[0] != "gns" and run.seconds[-1] > 0:
+            alike.setdefault(batches, []).append(run)
+    pairs = [(min(runs, key=speed), max(runs, key=speed)) for runs in alike.values()]
+    slow, fast = max(pairs, key=lambda pair: speed(pair[1]) / speed(pair[0]), default=(None, None))
+    if slow is None or fast is None or speed(fast) < SAME_SPEED * speed(slow):
+        return ""
+    return (
+        f"Times are not comparable: with the same batches, {name_of(slow)} ran at {format_tokens(speed(slow))} tokens a "
+        f"second and {name_of(fast)} at {format_tokens(speed(fast))}. Did runs share a machine?"
+    )
+
+
+def speed(run: Run) -> float:
+    """Tokens a second."""
+    return float(run.tokens[-1] / run.seconds[-1])
+
+
+def name_of(run: Run) -> str:
+    return f"{run.folder.parent.name}/{run.folder.name}"
+
+
+def listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def share_done(run: Run) -> str:

@@ -36,6 +36,13 @@ PAIRED = ("seed", "model-shape", "init", "init-from", "seq-len", "train-data", "
 LEARNING_RATE = r"@lr(\d*\.?\d+(?:e-?\d+)?)"  # in the name of an arm
 FILES = ("train-data", "val-data", "init-from")  # compared by name: the same file lies elsewhere on another machine
 
+# What a run has in common with its repetition on another budget; the warm-up is the same share of it.
+RECIPE = (
+    *("batch-tokens", "batch-schedule", "batch-quantum", "batch-min", "batch-max", "batch-may-fall"),
+    *("gns-scale", "gns-power", "gns-calibration", "gns-freeze", "lr", "lr-schedule", "final-lr-frac", "lr-coupling"),
+    *("weight-decay", "wd-coupling", "beta1", "beta2", "beta2-half-life", "eps", "grad-clip"),
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -181,6 +188,7 @@ class Experiment:
     arms: list[Arm]  # in the plan's order; those that have begun
     seeds: list[int]  # as planned
     missing: list[str]  # runs that have not begun
+    unknown: list[str]  # runs in the folder that the plan does not have
 
     @cached_property
     def reference(self) -> Arm:
@@ -213,11 +221,14 @@ class Experiment:
 
     def original(self, arm: Arm) -> Arm | None:
         """The arm that this one repeats with a schedule fitted to another budget; None if it is no such repetition."""
-        keys = ("batch-schedule", "batch-tokens", "lr", "lr-coupling", "beta2-half-life", "batch-min", "batch-max")
         candidates = [] if self.has_full_budget(arm) else [a for a in self.arms if self.has_full_budget(a)]
-        return next(
-            (a for a in candidates if all(a.first.config.get(k) == arm.first.config.get(k) for k in keys)), None
-        )
+        return next((a for a in candidates if same_recipe(a.first, arm.first)), None)
+
+
+def same_recipe(a: Run, b: Run) -> bool:
+    x, y = (run.number("warmup") / run.budget for run in (a, b))
+    same_warmup = math.isclose(x, y, rel_tol=0.01, abs_tol=1e-4) or (math.isnan(x) and math.isnan(y))
+    return same_warmup and all(a.config.get(key) == b.config.get(key) for key in RECIPE)
 
 
 def read_experiment(folder: Path) -> Experiment:
@@ -235,7 +246,10 @@ def read_experiment(folder: Path) -> Experiment:
             f"'{folder}': expected runs in <arm>/seed<k>/log.csv for the arms of plan.json, found none with a "
             "step; start the experiment first"
         )
-    experiment = Experiment(folder.resolve().name, folder / "report", arms, seeds, missing)
+    planned = {f"{name}/seed{seed}" for name, _ in names for seed in seeds}
+    found = [f"{path.parts[-3]}/{path.parts[-2]}" for path in sorted(folder.glob("*/seed*/log.csv"))]
+    unknown = [name for name in found if name not in planned]
+    experiment = Experiment(folder.resolve().name, folder / "report", arms, seeds, missing, unknown)
     check_pairs(experiment)
     return experiment
 
@@ -267,7 +281,7 @@ def experiment_of_runs(folders: Sequence[Path]) -> Experiment:
     """Of runs given one by one."""
     names = short_names(folders)
     arms = [Arm(name, name, {1: read_run(folder)}) for name, folder in zip(names, folders)]
-    experiment = Experiment(" and ".join(names), folders[0] / "report", arms, [1], [])
+    experiment = Experiment(" and ".join(names), folders[0] / "report", arms, [1], [], [])
     check_pairs(experiment)
     return experiment
 

@@ -6,8 +6,10 @@ Along the run. A run's evaluations are joined by straight lines. A loss level is
 down to it. At each evaluation of the reference run, the level is the lowest loss it has seen so far; if it reached it
 after t tokens, and the other run after u tokens, the other one saved the share 1 - u/t. (The line lies above a curve
 that bends as losses do, so u is a little too large, and the saving, if anything, too small.) Nothing is extrapolated:
-if a finished run never reached the level, or had passed it before its first evaluation, the level has no saving, and
-leaving that seed out of the mean would favour one side: then no mean is given either.
+if a run never reached the level, or had passed it before its first evaluation, the level has no saving, and leaving
+that seed out of the mean would favour one side: then no mean is given either. A run that is still going on counts at
+the levels that the reference reached within as many tokens as this run has had so far, whether this run has reached
+them or not.
 
 At the end of the run. A run is worth what its schedule was made for: cut short, it has not yet been annealed. So let
 the reference be trained anew for other budgets N, each with its whole schedule. Its final losses give
@@ -154,11 +156,12 @@ def savings_along(pairs: Sequence[Pair]) -> SavingsAlong:
             (by_seconds, p.reference.seconds, p.other.seconds),
         ):
             reached = first_reached(y, p.other.loss, levels)
-            if not p.finished:
-                reached[reached == math.inf] = math.nan
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratios[s, where] = np.log(reached / first_reached(x, p.reference.loss, levels))
-                ratios[s, where[reached == -math.inf]] = -math.inf
+            ratios[s, where[reached == -math.inf]] = -math.inf
+            if not p.finished:
+                ratios[s, where[reached == math.inf]] = -math.inf  # not yet: unknown, not missed
+                ratios[s, where[p.reference.tokens > 1.01 * p.other.tokens[-1]]] = math.nan
     missed = (by_tokens == math.inf).sum(axis=0)
     return SavingsAlong(at, column_means(level), share_of_columns(by_tokens), share_of_columns(by_seconds), missed)
 

@@ -18,9 +18,10 @@ import numpy as np
 from .runs import Arm, Experiment
 from .savings import NOTHING, Interval, t_interval
 
-# Losses above the lowest mean by this share of it, or by so many times the median arm's distance from it at its best
-# rate, whichever is more, are those of runs that diverged or came nowhere near: figures leave them outside.
-FAR_SHARE, FAR_TIMES = 0.1, 3
+# Means above the lowest one by this share of it, or by so many times the median arm's distance from it at its best
+# rate, whichever is more, are those of runs that diverged or came nowhere near: figures leave them outside, and keep
+# this share of their height free for the arrowheads that stand for them.
+FAR_SHARE, FAR_TIMES, ARROW_ROOM = 0.1, 3, 0.15
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,28 @@ class Sweep:
 
     @cached_property
     def limit(self) -> float:
-        """Of the losses that figures show."""
-        best = [family.best.mean for family in self.drawn]
-        lowest = min(v.mean for family in self.drawn for v in family.variants)
-        return lowest + max(FAR_SHARE * lowest, FAR_TIMES * (float(np.median(best)) - lowest))
+        """Of the losses that figures show: no mean lies in the room above it where arrowheads stand."""
+        means = sorted(v.mean for family in self.drawn for v in family.variants)
+        lowest = means[0]
+        best = float(np.median([family.best.mean for family in self.drawn]))
+        limit = lowest + max(FAR_SHARE * lowest, FAR_TIMES * (best - lowest))
+        for mean in means:
+            if limit < mean < limit + ARROW_ROOM * (limit - lowest):
+                limit = mean
+        return limit
+
+    def is_far(self, variant: Variant) -> bool:
+        return variant.mean > self.limit
 
     def far_seeds(self, variant: Variant) -> int:
-        """Those above the limit. One is enough for a mean that says nothing of the others: it is left outside too."""
         return sum(loss > self.limit for loss in variant.losses.values())
+
+    @property
+    def promising_constants(self) -> list[Family]:
+        """Constant batches with too few seeds to be chosen that did better than the best in the seeds they share."""
+        rival = self.best_constant
+        fewer = [f for f in self.families if rival and f.is_constant and len(f.best.losses) < len(rival.best.losses)]
+        return [f for f in fewer if self.against_best(f).mean < 0]
 
 
 def difference(a: Variant, b: Variant) -> Interval:

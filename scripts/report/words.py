@@ -13,7 +13,7 @@ from gnslog import format_tokens
 
 from .drawing import rate_name
 from .results import Fitted, Results, at_quarters
-from .runs import Experiment, Run
+from .runs import Arm, Experiment, Run
 from .savings import Interval
 from .sweep import Family, Sweep
 
@@ -91,13 +91,13 @@ def summary(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
 
 
 def describe_experiment(experiment: Experiment) -> str:
-    run, runs, seeds = experiment.reference.first, experiment.runs(), len(experiment.seeds)
-    finished = sum(run.finished for run in runs)
+    run, runs = experiment.reference.first, experiment.runs()
+    finished, seeds = sum(run.finished for run in runs), len({seed for arm in experiment.arms for seed in arm.runs})
     return (
         f"{run.config.get('model-shape', 'a model without config.json')}, "
         f"{size(run)}{format_tokens(run.budget if math.isfinite(run.budget) else run.tokens[-1])} tokens; "
-        f"{len(experiment.arms)} arms of {seeds} seed{'s' if seeds > 1 else ''}, {finished} of "
-        f"{len(runs) + len(experiment.missing)} runs finished; {run.config.get('device', 'device unknown')}. Arms are "
+        f"{len(experiment.arms)} arms, {seeds} seed{'s' if seeds > 1 else ''}, {finished} of the {len(runs)} runs that "
+        f"have begun are finished; {run.config.get('device', 'device unknown')}. Arms are "
         f"compared with {experiment.reference.name} seed by seed; 95% intervals in brackets."
     )
 
@@ -148,13 +148,19 @@ def finding(arm: str, i: Interval, verdict: str, numbers: str) -> list[Finding]:
     return [Finding(verdict, arm, numbers if i.sign != 0 else "", i.n)] if i.n > 0 else []
 
 
+def at_rate(arm: Arm, experiment: Experiment) -> str:
+    """The arm's name, with its peak learning rate where that is not the reference's."""
+    other = math.isfinite(arm.rate) and arm.rate != experiment.reference.rate
+    return f"{arm.name} at {rate_name(arm.rate)}" if other else arm.name
+
+
 def final_words(experiment: Experiment, results: Results) -> str:
     found: list[Finding] = []
     rivals: list[Finding] = []
     for r in results.arms:
         if not r.arm.is_sweep and experiment.original(r.arm) is None:
             for findings, i in ((found, r.against_reference), (rivals, r.against_best)):
-                findings += finding(r.arm.name, i, loss_verdict(i), nats(i))
+                findings += finding(at_rate(r.arm, experiment), i, loss_verdict(i), nats(i))
     if not found:
         return "No pair of runs has finished: there are no final losses to compare."
     reference, best = experiment.reference, results.best_constant
@@ -188,6 +194,12 @@ def sweep_words(sweep: Sweep | None) -> str:
             parts.append(
                 f"The best rate is the {edge} that was run, and a better one may lie beyond: {several(names)}."
             )
+    rivals = [at_best(family) for family in sweep.promising_constants]
+    if rivals:
+        parts.append(
+            "With too few seeds to be the best constant batch, but better than it in those they share, so that what is "
+            f"said against it is not settled: {several(rivals)}."
+        )
     promising = [f"{f.name} at {rate_name(v.rate)}" for f in sweep.families for v in f.promising]
     if promising:
         parts.append(
@@ -227,19 +239,19 @@ def along_words(experiment: Experiment, results: Results) -> str:
         last = at_quarters(r, experiment.reference)[-1]
         last = len(r.along.at) - 1 if last is None else last
         if r.along.missed[last]:
-            by_tokens.append(Finding("no saving, the loss was never reached", r.arm.name, "", len(r.arm.runs)))
+            missed = "no saving, the loss was never reached"
+            by_tokens.append(Finding(missed, at_rate(r.arm, experiment), "", len(r.arm.runs)))
         for findings, i in ((by_tokens, r.along.tokens[last]), (by_seconds, r.along.seconds[last])):
-            findings += finding(r.arm.name, i, saving_verdict(i), share(i))
+            findings += finding(at_rate(r.arm, experiment), i, saving_verdict(i), share(i))
     if not by_tokens:
         return ""
-    where = "final" if experiment.reference.finished() else "latest"
-    return (
-        f"At the {where} loss of {experiment.reference.name}, of the tokens, {tokens_and_time(by_tokens, by_seconds)}"
-    )
+    reference = experiment.reference.name + ("" if experiment.reference.finished() else " so far")
+    return f"At the lowest loss of {reference}, of the tokens, {tokens_and_time(by_tokens, by_seconds, results)}"
 
 
-def tokens_and_time(by_tokens: Sequence[Finding], by_seconds: Sequence[Finding]) -> str:
-    return grouped(by_tokens) + (f" Of the device time, {grouped(by_seconds)}" if by_seconds else "")
+def tokens_and_time(by_tokens: Sequence[Finding], by_seconds: Sequence[Finding], results: Results) -> str:
+    of_time = f" Of the device time, {grouped(by_seconds)}" if by_seconds else ""
+    return grouped(by_tokens) + (f" {results.disturbed}" if results.disturbed else of_time)
 
 
 def worth_words(experiment: Experiment, results: Results) -> str:
@@ -257,7 +269,8 @@ def worth_words(experiment: Experiment, results: Results) -> str:
     parts = [fitted_words(f, reference) for f in results.fitted if f.against_reference.n > 0]
     if by_tokens:
         parts.append(
-            f"By what fitted budgets of {reference} are worth, of the tokens, {tokens_and_time(by_tokens, by_seconds)}"
+            f"By what fitted budgets of {reference} are worth, of the tokens, "
+            f"{tokens_and_time(by_tokens, by_seconds, results)}"
         )
     if untold:
         parts.append(f"Not to be told, as more tokens bought {reference} nothing: {several(untold)}.")
