@@ -28,6 +28,10 @@ a drift of f hardly enters them:
     d_t = (f_t - f_{t-1})^2 / (1/n_t + 1/n_{t-1})        v = EMA of d_t, weights GNS_VARIANCE_MEMORY times as long
     Q <- (1 - w)^2 Q + w^2 / n_t                          SE(f)^2 = v Q / W^2         SE(GNS) = SE(f) / f^2
 
+So it is the error from the noise of single steps, of the noise scale about where the run is. Where |G|^2 itself wanders
+from step to step it says too little: in runs of a small model, estimates some smoothing lengths apart lie within 2 SE of
+the mean course of several seeds in 73 to 87% of cases.
+
 Calibration. Where a step measured both the LayerNorm tensors and all of them, the pair's two fractions go into two
 EMAs of their own (over the same steps, weights from the measured steps' own tokens, so that rare measurements average
 over as many samples as the LayerNorm's own estimate does); the ratio GNS_total / GNS_ln is the measured factor from
