@@ -126,9 +126,30 @@ static inline bool folder_make(const char* folder, char* error, size_t error_siz
     return (!io_fault("mkdir") && mkdir(folder, 0777) == 0) || io_error(error, error_size, "make the folder", folder);
 }
 
-// Makes a folder unless it exists.
+// Whether the folder is there, or could be made: false, with the reason, if it or what it would lie in is something else, or
+// may not be written to.
+static inline bool folder_possible(const char* folder, char* error, size_t error_size) {
+    struct stat info;
+    char parent[PATH_SIZE];
+    if (stat(folder, &info) == 0) {
+        if (!S_ISDIR(info.st_mode)) {
+            print_cut(error, error_size, "'%s' is not a folder", folder);
+            return false;
+        }
+        return access(folder, W_OK) == 0 || io_error(error, error_size, "write to the folder", folder);
+    }
+    if (errno != ENOENT || !strcmp(path_parent(parent, folder), folder)) {
+        return io_error(error, error_size, "use the folder", folder);
+    }
+    return folder_possible(parent, error, error_size);
+}
+
+// Makes a folder, and those that it lies in, unless they exist.
 static inline bool folder_ensure(const char* folder, char* error, size_t error_size) {
-    return access(folder, F_OK) == 0 || folder_make(folder, error, error_size);
+    char parent[PATH_SIZE];
+    if (access(folder, F_OK) == 0) { return true; }
+    if (strcmp(path_parent(parent, folder), folder) && !folder_ensure(parent, error, error_size)) { return false; }
+    return access(folder, F_OK) == 0 || folder_make(folder, error, error_size); // "out/" has been made as its parent
 }
 
 static inline bool path_rename(const char* from, const char* to, char* error, size_t error_size) {

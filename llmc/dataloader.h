@@ -39,7 +39,7 @@ Test vectors, permute(seed, epoch, n, i) for i = 0, 1, 2, ...:
 #ifndef LLMC_DATALOADER_H
 #define LLMC_DATALOADER_H
 
-#include "check.h"
+#include "atomicfile.h"
 #include "rand.h"
 #include <fcntl.h>
 #include <glob.h>
@@ -100,7 +100,7 @@ static inline const char* token_file_hint(int32_t magic) {
 static inline void token_shard_open(TokenShard* s, const char* path) {
     const size_t header_bytes = TOKEN_FILE_HEADER * sizeof(int32_t);
     struct stat info;
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_NONBLOCK); // which makes no difference to a file, and does not wait for a pipe
     if (fd < 0 && errno == ENOENT) {
         fatal("no token file matches '%s'; data/README.md says how to make or get one", path);
     }
@@ -230,24 +230,44 @@ static inline const TokenShard* dataloader_shard(const DataLoader* d, uint64_t s
     return &d->shards[low];
 }
 
+// Where the sequence with this number in the endless stream lies: the shard, and the position of its first token there.
+static inline const TokenShard* dataloader_find(const DataLoader* d, uint64_t number, uint64_t* start) {
+    uint64_t epoch = number / d->num_sequences, sequence = number % d->num_sequences;
+    if (d->shuffle) { sequence = permute(d->seed, epoch, d->num_sequences, sequence); }
+    const TokenShard* s = dataloader_shard(d, sequence);
+    *start = (sequence - s->first_sequence) * (uint64_t)d->T;
+    return s;
+}
+
+// Whether all tokens of this sequence are below vocab_size; if not, a line about the first one that is not.
+static inline bool dataloader_check(const DataLoader* d, uint64_t number, int vocab_size, char* error,
+                                    size_t error_size) {
+    uint64_t start;
+    const TokenShard* s = dataloader_find(d, number, &start);
+    const uint16_t* tokens = s->tokens + start;
+    uint16_t largest = 0; // first, as that takes no time
+    for (int t = 0; t <= d->T; t++) { largest = tokens[t] > largest ? tokens[t] : largest; }
+    if (largest < vocab_size) { return true; }
+    int bad = 0;
+    while (tokens[bad] < vocab_size) { bad++; }
+    print_cut(error, error_size,
+              "'%s': token %d at position %" PRIu64 " is outside the model's vocabulary of %d (the file's header gives "
+              "%d, 0 = unknown); use the model's own tokenizer for the data, or a model with a larger vocabulary",
+              s->path, tokens[bad], start + (uint64_t)bad, vocab_size, s->header[3]);
+    return false;
+}
+
 // The sequence with this number in the endless stream; number / num_sequences is the epoch. fatal() on a token that is
 // not below vocab_size.
 static inline void dataloader_get(const DataLoader* d, uint64_t number, int vocab_size, int* tokens, int* targets) {
     // tokens, targets: (T) each
-    uint64_t epoch = number / d->num_sequences, sequence = number % d->num_sequences;
-    if (d->shuffle) { sequence = permute(d->seed, epoch, d->num_sequences, sequence); }
-    const TokenShard* s = dataloader_shard(d, sequence);
-    uint64_t start = (sequence - s->first_sequence) * (uint64_t)d->T;
-    for (int t = 0; t <= d->T; t++) {
-        int token = s->tokens[start + (uint64_t)t];
-        if (token >= vocab_size) {
-            fatal("'%s': token %d at position %" PRIu64
-                  " is outside the model's vocabulary of %d (the file's header gives %d, "
-                  "0 = unknown); use the model's own tokenizer for the data, or a model with a larger vocabulary",
-                  s->path, token, start + (uint64_t)t, vocab_size, s->header[3]);
-        }
-        if (t < d->T) { tokens[t] = token; }
-        if (t > 0) { targets[t - 1] = token; }
+    char error[PATH_SIZE + 256];
+    uint64_t start;
+    const TokenShard* s = dataloader_find(d, number, &start);
+    if (!dataloader_check(d, number, vocab_size, error, sizeof error)) { fatal("%s", error); }
+    for (int t = 0; t < d->T; t++) {
+        tokens[t] = s->tokens[start + (uint64_t)t];
+        targets[t] = s->tokens[start + (uint64_t)t + 1];
     }
 }
 

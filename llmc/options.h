@@ -137,8 +137,8 @@ static const OptionRow option_rows[] = {
      "constant, cosine, linear, or wsd (constant, falling over the last 20% of the budget)"},
     {NULL, "final-lr-frac", "q", OPTION_NUMBER, AT(final_lr_frac), 0, 1, NULL, "1", "X",
      "learning rate at the end of the budget, as a share of the peak (1: no decay)"},
-    {NULL, "warmup", "u", OPTION_INTERVAL, AT(warmup), 0, 1e15, NULL, "0", "TOKENS",
-     "learning rate rises linearly from 0 over this many tokens"},
+    {NULL, "warmup", "u", OPTION_INTERVAL, AT(warmup), 0, 1e15, NULL, "0", "EVERY",
+     "learning rate rises linearly from 0 over this long"},
     {NULL, "weight-decay", "c", OPTION_NUMBER, AT(weight_decay), 0, 100, NULL, "0", "X",
      "of matrices and embeddings"},
     {NULL, "beta1", NULL, OPTION_NUMBER, AT(beta1), 0, 0.999999, NULL, "0.9", "X",
@@ -588,6 +588,16 @@ static inline void options_check_needs(const Options* o) {
     }
 }
 
+// Whether an option was given, and not with the word, or the 0, that says that it is off.
+static inline bool option_on(const Options* o, const char* name) {
+    OptionText text;
+    const OptionRow* row = option_find(name);
+    const char* value = option_value(o, row, &text);
+    const bool off = value == NULL || !strcmp(value, "none") ||
+                     (!strcmp(value, "0") && row->fallback && !strcmp(row->fallback, "0"));
+    return option_given(o, name) && !off;
+}
+
 // Pairs of which only one may be given.
 static inline void options_check_pairs(const Options* o) {
     static const char* const pairs[][2] = {
@@ -596,7 +606,7 @@ static inline void options_check_pairs(const Options* o) {
         {"eval-only", "dry-run"},
     };
     for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
-        if (option_given(o, pairs[i][0]) && option_given(o, pairs[i][1])) {
+        if (option_on(o, pairs[i][0]) && option_on(o, pairs[i][1])) {
             fatal("--%s and --%s contradict each other; give one of them", pairs[i][0], pairs[i][1]);
         }
     }

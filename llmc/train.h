@@ -72,7 +72,9 @@ static inline double seconds_now(void) {
 static inline bool is_first_rank(const Trainer* t) { return t->backend.rank == 0; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Signals: the first one asks the loop to stop after the step at hand, the second ends the program at once.
+// Signals: the first one (Ctrl-C, TERM, a terminal that goes away) asks the loop to stop after the step at hand, another one
+// ends the program at once; but not within half a second, as `timeout` and shells send the same one twice. Output that nobody
+// reads any more asks to stop, too, and never more than that: under `| tee`, Ctrl-C ends tee first.
 
 static inline volatile sig_atomic_t* stop_flag(void) {
     static volatile sig_atomic_t flag = 0;
@@ -81,12 +83,15 @@ static inline volatile sig_atomic_t* stop_flag(void) {
 
 static inline void stop_handler(int number) {
     static const char message[] = "\nstopping after this step; again to stop at once\n";
+    static double since;
     if (*stop_flag()) {
+        if (number == SIGPIPE || seconds_now() < since + 0.5) { return; }
         signal(number, SIG_DFL);
         raise(number);
         return;
     }
     *stop_flag() = 1;
+    since = seconds_now();
     ssize_t ignored = write(STDERR_FILENO, message, sizeof message - 1);
     (void)ignored;
 }
@@ -98,19 +103,30 @@ static inline void stop_on_signals(void) {
     action.sa_flags = SA_RESTART;
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGPIPE, &action, NULL);
+    struct sigaction before;
+    sigaction(SIGHUP, NULL, &before);
+    if (before.sa_handler != SIG_IGN) { sigaction(SIGHUP, &action, NULL); } // nohup
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Before the backend: everything that can be wrong with a command is found here, before anything is written or computed
+// Before the backend: everything that can be wrong with a command is found here, before anything is written or computed;
+// of the training data's tokens, which can be many, the first
 
-// fatal() if the data's vocabulary does not fit into the model's.
-static inline void check_vocab(const Trainer* t, const DataLoader* d, const char* pattern) {
+enum { FIRST_SEQUENCES = 1024 };
+
+// fatal() if the data's vocabulary does not fit into the model's, or one of the first `count` sequences has a token outside.
+static inline void check_vocab(const Trainer* t, const DataLoader* d, const char* pattern, int64_t count) {
     const int V = t->plan.config.vocab_size;
+    char error[PATH_SIZE + 256];
     if (d->vocab_size > V) {
         fatal(
             "'%s' has a vocabulary of %d tokens, the model %s one of %d; use data of the model's tokenizer, or a model "
             "with V=%d",
             pattern, d->vocab_size, t->options.model, V, d->vocab_size);
+    }
+    for (int64_t i = 0; i < count; i++) {
+        if (!dataloader_check(d, (uint64_t)i, V, error, sizeof error)) { fatal("%s", error); }
     }
 }
 
@@ -118,11 +134,17 @@ static inline void open_data(Trainer* t) {
     const Options* o = &t->options;
     if (o->train_data != NULL && !o->eval_only) {
         dataloader_open(&t->train, o->train_data, t->plan.T, (uint64_t)o->seed, true);
-        check_vocab(t, &t->train, o->train_data);
+        check_vocab(t, &t->train, o->train_data, (int64_t)fmin((double)t->train.num_sequences, FIRST_SEQUENCES));
     }
     if (o->val_data != NULL) {
         dataloader_open(&t->val, o->val_data, t->plan.T, 0, false);
-        check_vocab(t, &t->val, o->val_data);
+        t->val_sequences = (int64_t)fmin(ceil(o->val_tokens / t->plan.T), (double)t->val.num_sequences);
+        check_vocab(t, &t->val, o->val_data, t->val_sequences);
+    }
+    const int a = t->train.vocab_size, b = t->val.vocab_size;
+    if (a > 0 && b > 0 && a != b) {
+        warn("the training data's vocabulary has %d tokens, that of the validation data %d: are they of one tokenizer?",
+             a, b);
     }
     if (o->hellaswag != NULL) { hellaswag_open(&t->hellaswag, o->hellaswag, t->plan.T, t->plan.config.vocab_size); }
 }
@@ -172,10 +194,11 @@ static inline void trainer_prepare(Trainer* t) {
     const double epoch = (double)t->train.num_sequences * t->plan.T;
     plan_schedules(&t->plan, o, o->eval_only ? 1e15 : epoch); // an evaluation never reaches its budget
     if (o->dry_run) { return; }
-    double wanted = ceil(o->val_tokens / t->plan.T);
-    t->val_sequences = (int64_t)fmin(wanted, (double)t->val.num_sequences);
     if (o->sample_every.count > 0) { open_prompt(t); }
-    if (!o->eval_only && o->out != NULL && !o->resume) { protect_output(o); }
+    if (o->eval_only || o->out == NULL) { return; }
+    char error[PATH_SIZE + 256];
+    if (!folder_possible(o->out, error, sizeof error)) { fatal("--out (-o): %s; choose another folder", error); }
+    if (!o->resume) { protect_output(o); }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -399,16 +422,19 @@ static inline void evaluate(Trainer* t, double* val_loss, double* accuracy) {
     if (t->hellaswag.num_examples > 0) {
         *accuracy = hellaswag_evaluate(&t->hellaswag, &t->backend, o->micro_batch, t->plan.T, 0);
     }
-    if (is_first_rank(t) && (!isnan(*val_loss) || !isnan(*accuracy))) {
+    if (is_first_rank(t) && (t->val_sequences > 0 || t->hellaswag.num_examples > 0)) {
         char tokens[16], where[32] = "", loss[32] = "", hellaswag[48] = "";
         if (!o->eval_only) {
             format_count(tokens, sizeof tokens, (double)t->state.tokens);
             snprintf(where, sizeof where, " at %s tokens", tokens);
         }
-        if (!isnan(*val_loss)) { snprintf(loss, sizeof loss, " | val loss %.4f", *val_loss); }
-        if (!isnan(*accuracy)) { snprintf(hellaswag, sizeof hellaswag, " | HellaSwag %.4f", *accuracy); }
+        if (t->val_sequences > 0) { snprintf(loss, sizeof loss, " | val loss %.4f", *val_loss); }
+        if (t->hellaswag.num_examples > 0) { snprintf(hellaswag, sizeof hellaswag, " | HellaSwag %.4f", *accuracy); }
         printf("eval%s%s%s\n", where, loss, hellaswag);
         fflush(stdout);
+        if (t->val_sequences > 0 && !isfinite(*val_loss)) {
+            warn("the validation loss is not a finite number: the model's weights are broken");
+        }
     }
 }
 
@@ -510,13 +536,23 @@ static inline void learn_from_step(Trainer* t, LogRow* row) {
     }
 }
 
-// One optimizer step; *row receives its numbers.
-static inline void train_step(Trainer* t, LogRow* row) {
+// Whether the sequences of the next step, which every rank checks, are of the model's vocabulary; if not, why.
+static inline bool data_is_sound(const Trainer* t, int n, char* error, size_t error_size) {
+    const int64_t first = t->options.overfit ? 0 : t->state.sequences;
+    for (int64_t i = first; i < first + n; i++) {
+        if (!dataloader_check(&t->train, (uint64_t)i, t->plan.config.vocab_size, error, error_size)) { return false; }
+    }
+    return true;
+}
+
+// One optimizer step; *row receives its numbers. False, with the reason in error and nothing done, if the data is damaged.
+static inline bool train_step(Trainer* t, LogRow* row, char* error, size_t error_size) {
     const Backend* b = &t->backend;
     const RunState* r = &t->state;
     const double start = seconds_now();
     const StepPlan plan = plan_step(&t->plan, &t->options, r->step, r->tokens, r->controller.batch);
     memset(row, 0, sizeof *row);
+    if (!data_is_sound(t, plan.n, error, error_size)) { return false; }
     row->step = r->step;
     b->step_begin(b->self, plan.gns);
     row->micro_batches = run_micro_batches(t, plan.n);
@@ -534,6 +570,7 @@ static inline void train_step(Trainer* t, LogRow* row) {
     const double flops = row->tokens_per_sec * flops_per_token(&t->plan.config, t->plan.T);
     row->mfu = b->peak_flops > 0 ? 100 * flops / (b->peak_flops * b->num_ranks) : NAN;
     progress_update(&t->state.progress, row);
+    return true;
 }
 
 // A line on the console: at the first and last step, where something was measured or went wrong, and once a second.
@@ -573,17 +610,30 @@ static inline int give_up(const Trainer* t) {
     return 1;
 }
 
+// Damaged data: saves what there is, says so and what to do; the exit status.
+static inline int give_up_on_data(Trainer* t, const char* problem, bool saved) {
+    const bool can_resume = t->options.out != NULL && (saved || (t->state.step > 0 && save(t)));
+    if (is_first_rank(t)) {
+        fprintf(stderr, "error: %s%s\n", problem,
+                can_resume
+                    ? "; all steps before it are saved: mend the data, which must keep its length, and go on with -y 1"
+                    : "");
+    }
+    return 2;
+}
+
 // Steps until the budget is reached, a signal comes or the run has to be given up; the exit status.
 static inline int train_loop(Trainer* t) {
     const Options* o = &t->options;
     LogRow row;
+    char error[PATH_SIZE + 256];
     double first_loss, first_accuracy; // only said: the log's first row is that of the first step
     int status = 0;
-    bool due = false; // a checkpoint
+    bool due = false, saved = t->state.step > 0; // a checkpoint; that of the last step, or of a resume
     if (t->state.step == 0 && o->val_every.count > 0) { evaluate(t, &first_loss, &first_accuracy); }
     for (bool last = *stop_flag(); !last && (double)t->state.tokens < t->plan.budget;) {
         const int64_t before = t->state.tokens;
-        train_step(t, &row);
+        if (!train_step(t, &row, error, sizeof error)) { return give_up_on_data(t, error, saved); }
         const int64_t now = t->state.tokens;
         const bool done = (double)now >= t->plan.budget;
         if (o->val_every.count > 0 && (done || interval_crossed(o->val_every, before, now))) {
@@ -600,8 +650,11 @@ static inline int train_loop(Trainer* t) {
         // While steps are skipped the weights may be what is broken: the checkpoint waits for the next good step.
         due = due || interval_crossed(o->checkpoint_every, before, now);
         if (o->out != NULL && (last || (due && t->state.bad_streak == 0))) {
-            status = save(t) ? 0 : 1;
+            saved = save(t);
+            status = saved ? 0 : 1;
             due = false;
+        } else {
+            saved = false;
         }
     }
     return status;
@@ -639,6 +692,7 @@ static inline int train_main(int argc, char** argv, BackendOpen open) {
     if (t->options.eval_only) {
         double val_loss, accuracy;
         evaluate(t, &val_loss, &accuracy);
+        status = t->val_sequences > 0 && !isfinite(val_loss);
         if (t->options.sample_every.count > 0) { sample(t); }
     } else {
         stop_on_signals();

@@ -58,8 +58,9 @@ static void make_tokenizer(const char* name) {
     CHECK(out_close(&f));
 }
 
-// Starts a run in a child process, in the temporary folder; its output goes to the files stdout and stderr there.
-static pid_t start_run(BackendOpen open, const char* line) {
+// Starts a run in a child process, in the temporary folder; its output goes into the pipe, or, without one, to the files stdout
+// and stderr there.
+static pid_t start_piped_run(BackendOpen open, const char* line, const int* pipe_ends) {
     fflush(stdout);
     remove(in_folder("stdout"));
     remove(in_folder("stderr"));
@@ -70,7 +71,12 @@ static pid_t start_run(BackendOpen open, const char* line) {
         char* copy = copy_string(line);
         argv[argc++] = copy_string("train");
         for (char* word = strtok(copy, " "); word != NULL; word = strtok(NULL, " ")) { argv[argc++] = word; }
-        if (chdir(folder) != 0 || freopen("stdout", "w", stdout) == NULL || freopen("stderr", "w", stderr) == NULL) {
+        if (chdir(folder) != 0) { _exit(98); }
+        if (pipe_ends != NULL) {
+            close(pipe_ends[0]);
+            if (dup2(pipe_ends[1], STDOUT_FILENO) < 0 || dup2(pipe_ends[1], STDERR_FILENO) < 0) { _exit(98); }
+            close(pipe_ends[1]);
+        } else if (freopen("stdout", "w", stdout) == NULL || freopen("stderr", "w", stderr) == NULL) {
             _exit(98);
         }
         int status = train_main(argc, argv, open);
@@ -80,6 +86,8 @@ static pid_t start_run(BackendOpen open, const char* line) {
     }
     return pid;
 }
+
+static pid_t start_run(BackendOpen open, const char* line) { return start_piped_run(open, line, NULL); }
 
 // Its exit status, or 128 + the signal that ended it.
 static int end_run(pid_t pid) {
@@ -492,9 +500,45 @@ static void test_second_signal(void) {
     CHECK(wait_for("stdout", "eval at 0 tokens"));
     kill(pid, SIGTERM);
     CHECK(wait_for("stderr", "stopping after this step"));
+    kill(pid, SIGTERM); // the same again, at once, as timeout does
+    usleep(700 * 1000);
     CHECK(waitpid(pid, NULL, WNOHANG) == 0); // it is still at its step
     kill(pid, SIGINT);
     CHECK(end_run(pid) == 128 + SIGINT);
+}
+
+// As under `| tee`, which Ctrl-C ends as well: nobody reads the output any more, and the checkpoint is saved.
+static void test_reader_goes_away(void) {
+    for (int with_signal = 0; with_signal < 2; with_signal++) {
+        int ends[2];
+        CHECK(pipe(ends) == 0);
+        pid_t pid = start_piped_run(slow_open, LONG_RUN "-o piped", ends);
+        close(ends[1]);
+        char c;
+        CHECK(read(ends[0], &c, 1) == 1);
+        CHECK(wait_for("piped/log.csv", "\n0,"));
+        if (with_signal) { kill(pid, SIGINT); }
+        close(ends[0]);
+        CHECK(end_run(pid) == 0);
+        CHECK(access(in_folder("piped/checkpoints/latest"), F_OK) == 0);
+        remove_tree(in_folder("piped"));
+    }
+}
+
+static void test_hang_up(void) {
+    pid_t pid = start_run(slow_open, LONG_RUN "-o hung");
+    CHECK(wait_for("stdout", "\nstep "));
+    kill(pid, SIGHUP);
+    CHECK(end_run(pid) == 0 && access(in_folder("hung/checkpoints/latest"), F_OK) == 0);
+    signal(SIGHUP, SIG_IGN); // nohup
+    pid = start_run(slow_open, LONG_RUN "-o kept");
+    CHECK(wait_for("stdout", "\nstep "));
+    kill(pid, SIGHUP);
+    usleep(50 * 1000);
+    CHECK(waitpid(pid, NULL, WNOHANG) == 0); // it goes on
+    kill(pid, SIGTERM);
+    CHECK(end_run(pid) == 0);
+    signal(SIGHUP, SIG_DFL);
 }
 
 static void test_resume_must_fit(void) {
@@ -565,8 +609,10 @@ static void test_output_is_protected(void) {
     CHECK(run(TOY "-d 64 -x 3 -o safe -y 1") == 0);
     CHECK(said("stdout", "there is no checkpoint in safe yet: starting from the beginning"));
     CHECK(refused(TOY "-d 64 -x 3 -o safe", "'safe' already holds a run (log.csv); -y 1 goes on with it"));
-    CHECK(refused(TOY "-d 64 -x 3 -o no/such/folder", "cannot make the folder 'no/such/folder'"));
-    CHECK(refused(TOY "-d 64 -x 3 -o train.bin", "train.bin"));
+    CHECK(refused(TOY "-d 64 -x 3 -o train.bin", "--out (-o): 'train.bin' is not a folder; choose another"));
+    CHECK(refused(TOY "-d 64 -x 3 -o train.bin/a/b", "cannot use the folder 'train.bin/a/b'"));
+    CHECK(run(TOY "-d 64 -x 3 -o in/new/folders") == 0 && run(TOY "-d 64 -x 3 -o in/others/") == 0);
+    CHECK(contains("in/new/folders/log.csv", "\n2,") && contains("in/others/log.csv", "\n2,"));
     CHECK(run(TOY "-d 64 -x 3") == 0); // without --out nothing is written, and nothing is said of a checkpoint
     size_t len;
     char* text = read_whole_file(in_folder("stdout"), &len);
@@ -780,17 +826,75 @@ static void test_overfit(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Damaged data
+
+static void put_token(const char* name, uint64_t at, int token) {
+    const uint16_t word = (uint16_t)token;
+    FILE* f = fopen(in_folder(name), "r+b");
+    fseek(f, (long)(TOKEN_FILE_HEADER * sizeof(int32_t) + at * sizeof word), SEEK_SET);
+    fwrite(&word, sizeof word, 1, f);
+    fclose(f);
+}
+
+// A token outside the vocabulary, so late in the run that it is not looked at beforehand: nothing of what was trained is lost.
+static void test_bad_token_late(void) {
+    const char* line = "-i long.bin -e L=1,H=1,C=4,T=8,V=16 -d 64 -x 200 --seed 3 -o ";
+    char whole[200], late[200], again[200];
+    snprintf(whole, sizeof whole, "%s whole_data", line);
+    snprintf(late, sizeof late, "%s late", line);
+    snprintf(again, sizeof again, "%s late -y 1", line);
+    make_tokens("long.bin", 20001, 16);
+    CHECK(run(whole) == 0);
+    DataLoader d;
+    uint64_t at;
+    dataloader_open(&d, in_folder("long.bin"), 8, 3, true);
+    dataloader_find(&d, 1203, &at); // step 150, counted from 0
+    const int token = d.shards[0].tokens[at + 4];
+    dataloader_close(&d);
+    put_token("long.bin", at + 4, 16);
+    CHECK(refused(late, "token 16 at position"));
+    CHECK(said("stderr", "all steps before it are saved") && said("stdout", "checkpoint at step 150\n"));
+    CHECK(refused(again, "token 16 at position")); // and again, without harm
+    put_token("long.bin", at + 4, token);
+    CHECK(run(again) == 0 && same_logs("whole_data", "late", ""));
+}
+
+static void nan_eval(void* self, const int* tokens, const int* targets, int B, int T, float* losses) {
+    toy_eval(self, tokens, targets, B, T, losses);
+    losses[0] = NAN;
+}
+
+static void nan_eval_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
+    toy_open(backend, config, options);
+    backend->eval = nan_eval;
+}
+
+static void test_broken_model(void) {
+    CHECK(run_with(nan_eval_open, TOY "-d 64 -x 3 -o broken") == 0);
+    CHECK(said("stdout", "| val loss nan") || said("stdout", "| val loss -nan"));
+    CHECK(said("stderr", "the validation loss is not a finite number"));
+    CHECK(run_with(nan_eval_open, TOY "-d 64 -o broken -y 1 --eval-only") == 1);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // What is wrong with a command
 
 static void test_refusals(void) {
     make_tokens("short.bin", 8, 16);
     make_tokens("wide.bin", 100, 300);
+    make_tokens("bad.bin", 801, 0);
+    put_token("bad.bin", 400, 16);
+    CHECK(mkfifo(in_folder("fifo"), 0666) == 0);
     static const char* const cases[][2] = {
         {"-i missing.bin -e L=1,H=1,C=4,T=8,V=16", "missing.bin"},
         {"-i short.bin -e L=1,H=1,C=4,T=8,V=16", "needs 9"},
         {TOY "-j short.bin", "needs 9"},
         {"-i wide.bin -e L=1,H=1,C=4,T=8,V=16", "a vocabulary of 300 tokens"},
         {"-i train.bin -j wide.bin -e L=1,H=1,C=4,T=8", "a vocabulary of 300 tokens"},
+        {"-i bad.bin -e L=1,H=1,C=4,T=8,V=16", "token 16 at position 400"},
+        {"-i train.bin -j bad.bin -e L=1,H=1,C=4,T=8,V=16", "token 16 at position 400"},
+        {"-i fifo -e L=1,H=1,C=4,T=8,V=16", "not a regular file"},
+        {TOY "-x 10 --max-tokens 640", "--max-tokens and --max-steps contradict each other"},
         {"-i train.bin -e d13", "--model (-e) 'd13' is unknown"},
         {"-i train.bin -e L=1,H=3,C=4", "the heads must divide the channels"},
         {"-i train.bin -e missing.bin", "missing.bin"},
@@ -815,6 +919,10 @@ static void test_refusals(void) {
         CHECK(access(in_folder("refused"), F_OK) != 0); // nothing is written
     }
     CHECK(refused("-j val.bin", "no training data"));
+    CHECK(run("--dry-run " TOY "-d 64 -x 0 --max-tokens 640 --tokens-per-param none") == 0); // 0 and none: not given
+    CHECK(said("stdout", "\n10 steps, "));
+    CHECK(run("-i train.bin -j wide.bin -e L=1,H=1,C=4,T=8,V=300 -d 64 -x 2") == 0);
+    CHECK(said("stderr", "warning: the training data's vocabulary has 16 tokens, that of the validation data 300"));
 }
 
 static void test_vocabulary_from_data(void) {
@@ -843,6 +951,8 @@ int main(void) {
     RUN(test_resume_after_signal);
     RUN(test_resume_into_closed_loop);
     RUN(test_second_signal);
+    RUN(test_reader_goes_away);
+    RUN(test_hang_up);
     RUN(test_resume_must_fit);
     RUN(test_output_is_locked);
     RUN(test_output_is_protected);
@@ -857,6 +967,8 @@ int main(void) {
     RUN(test_eval_only_and_init_from);
     RUN(test_samples);
     RUN(test_overfit);
+    RUN(test_bad_token_late);
+    RUN(test_broken_model);
     RUN(test_refusals);
     RUN(test_vocabulary_from_data);
     remove_tree(folder);
