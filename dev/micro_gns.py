@@ -11,7 +11,7 @@ step holds exactly the norm over the sequences i s, ..., (i + 1) s - 1, and B/s 
         -b 16 -t 128 -d $((128 * n)) --max-tokens 630784 --lr 0 -v 0 --gns all -o out/micro/$n; done
     python3 dev/micro_gns.py out/micro/* --plot picture.png
 
-(630,784 tokens: as many batches of 64 sequences as the demo's data has, once through.) Logs are folders or files
+(630,784 tokens: 77 batches of 64 sequences, not quite once through the demo's data.) Logs are folders or files
 log.csv; the one with the largest batch is B. For each s this estimates, from each batch of B examples,
 
     all      the mean of |G_s|^2 over the batch's B/s micro-batches beside |G_B|^2; s = 1 is from the log of B alone,
@@ -155,7 +155,7 @@ def examples_for_tenth(r: Result, B: int) -> float:
 def print_results(group: str, kind: str, found: list[Result], B: int) -> None:
     for r in found:
         gns, error = r.estimate.gns
-        print(f"{group:<12}{kind:<7}{r.estimate.s:>4}{gns:>10.2f}{error:>9.2f}{r.ratio:>8.2f} +- {r.ratio_error:<6.2f}"
+        print(f"{group:<12}{kind:<7}{r.estimate.s:>4} {gns:>10.2f} {error:>9.2f} {r.ratio:>8.2f} +- {r.ratio_error:<6.2f}"
               f"{examples_for_tenth(r, B):>10.0f}{np.std(r.estimate.gtg) / r.estimate.gtg.mean():>10.3f}"
               f"{np.std(r.estimate.trsigma) / r.estimate.trsigma.mean():>11.3f}")
 
@@ -192,7 +192,7 @@ def main() -> int:
     print(f"{len(sizes[B].tokens)} batches of {B} examples, the same ones in micro-batches of "
           f"{', '.join(str(s) for s in sizes if s < B)}")
     good = check_examples(sizes) if 1 in sizes else True
-    print(f"{'group':<12}{'of':<7}{'s':>4}{'GNS':>10}{'+-':>9}{'+-, ratio to s = 1':>21}{'for 10%':>10}{'sd gtg':>10}"
+    print(f"{'group':<12}{'of':<7}{'s':>4}{'GNS':>11}{'+-':>10}{'+-, ratio to s = 1':>22}{'for 10%':>10}{'sd gtg':>10}"
           f"{'sd trsigma':>11}")
     drawn: dict[tuple[str, str], list[Result]] = {}
     for group in GROUPS:

@@ -628,8 +628,11 @@ def run_command(argv: list[str]) -> int:
 def main(argv: list[str]) -> int:
     try:
         return run_command(argv)
-    except (Mistake, OSError) as error:
+    except Mistake as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: '{error.filename}': {error.strerror}; choose another --out, or mend it", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the first run
         return 130

@@ -9,6 +9,7 @@ import argparse
 import glob
 import json
 import math
+import os
 import re
 import shlex
 import struct
@@ -25,6 +26,7 @@ TOKEN_FILE_MAGIC, GPT2_VOCAB, BYTE_VOCAB = 20240520, 50257, 257
 HALF_LIFE = math.log(2) / -math.log(0.95)  # in steps, of a second moment with beta2 = 0.95
 SCHEDULE = "schedule.csv"  # in the folder of a replay
 SWEEP = "0.5,0.7,1.4,2"
+OURS = {"seed", "out", "resume"}
 MACHINE_OPTIONS = {"train-data", "val-data", "micro-batch"}  # may differ between machines in one experiment
 
 
@@ -200,7 +202,10 @@ class ArmTable:
 
     def without_steps(self, name: str) -> Arm:
         stem, at, lr = name.partition("@lr")
-        base, *extra = shlex.split(self.own.get(stem, stem)) or [""]
+        try:
+            base, *extra = shlex.split(self.own.get(stem, stem)) or [""]
+        except ValueError as error:
+            raise Mistake(f"--arm '{stem}={self.own[stem]}': {error}; close what is quoted") from None
         lr_is_number = re.fullmatch(r"\d*\.?\d+(e-?\d+)?", lr) is not None
         if base not in self.built_in or not re.fullmatch(r"[\w-]+", stem) or lr_is_number != bool(at):
             raise Mistake(
@@ -209,6 +214,10 @@ class ArmTable:
             )
         if len(extra) % 2 or not all(word.startswith("--") for word in extra[::2]):
             raise Mistake(f"--arm '{stem}={self.own[stem]}': expected NAME=ARM and options, each --name with its value")
+        if ours := [word for word in extra[::2] if word.removeprefix("--") in OURS]:
+            raise Mistake(
+                f"--arm '{stem}={self.own[stem]}': {ours[0]} is set for each run by this program; leave it out"
+            )
         title, changes = self.built_in[base]
         more = {word.removeprefix("--"): value for word, value in zip(extra[::2], extra[1::2], strict=True)}
         own = [f"{option} {value}" if value else f"no {option}" for option, value in more.items()]
@@ -261,7 +270,7 @@ def find_trainer(path: Path | None) -> Path:
         except FileNotFoundError:
             gpu = False
         trainer = ROOT / "train_gptcu" if gpu else trainer
-    if not trainer.is_file():
+    if not (trainer.is_file() and os.access(trainer, os.X_OK)):
         raise Mistake(f"the trainer '{trainer}' is not there; make train_gpt (or train_gptcu), or give --trainer PATH")
     return trainer.resolve()
 
@@ -398,7 +407,9 @@ def arm_names(args: argparse.Namespace, size: Size, table: ArmTable) -> list[str
     factors = args.lr_sweep.split(",") if args.lr_sweep else []
     if not all(re.fullmatch(r"\d*\.?\d+", factor) and float(factor) > 0 for factor in factors):
         raise Mistake(f"--lr-sweep '{args.lr_sweep}': expected factors, such as {SWEEP}")
-    return list(dict.fromkeys([*names, *(f"{name}@lr{float(f) * size.lr:.3g}" for name in names for f in factors)]))
+    rates = {name: float(table.without_steps(name).options["lr"]) for name in names} if factors else {}
+    swept = [f"{name.partition('@')[0]}@lr{float(f) * rates[name]:.3g}" for name in names for f in factors]
+    return list(dict.fromkeys([*names, *swept]))
 
 
 def make_plan(args: argparse.Namespace, trainer: Path, known: Plan | None) -> Plan:

@@ -267,6 +267,15 @@ def test_plan_file() -> None:
     require_equal(titles, ["gns with gns-power 0.5", "mean with no beta2, beta2-half-life 1K"], "titles")
     expected = {f"{name}/seed2" for name in names[:-2]} | {f"{name}/seed5" for name in ("fixed", "root", "half")}
     require_equal(sorted(calls()), sorted(expected), "runs")
+    require_run(
+        0, *SMALL_RUN, "--arms", "ramp@lr0.01", "--arm", "own=mean --lr 0.02", "--lr-sweep", "0.5,2", "--seeds", "2"
+    )
+    rates = [
+        f"{name}@lr{rate}/seed2"
+        for name, sweep in (("ramp", ("0.01", "0.005", "0.02")), ("own", ("0.01", "0.04")))
+        for rate in sweep
+    ]
+    require_equal(sorted(calls()), sorted([*rates, "own/seed2"]), "a sweep about each arm's own rate")
     require_run(0, *SMALL_RUN, "--arms", "hot@lr0.02", "--arm", "hot=ramp --lr-coupling 1", "--seeds", "2")
     require_equal(calls(), ["hot@lr0.02/seed2"], "runs of one's own arm at a rate")
 
@@ -539,6 +548,10 @@ TESTS: list[tuple[Callable[..., None], *tuple[str, ...]]] = [
     (test_wrong_usage, "this machine's number and how many", "tiny", "--only", "3/2"),
     (test_wrong_usage, "--budget '5X': expected a number", "tiny", "--budget", "5X"),
     (test_wrong_usage, "the trainer 'none' is not there", "tiny", "--trainer", "none"),
+    (test_wrong_usage, "the trainer 'own_val.bin' is not there", "tiny", "--trainer", "own_val.bin"),
+    (test_wrong_usage, "'own_val.bin': File exists; choose another --out", "tiny", "--out", "own_val.bin"),
+    (test_wrong_usage, "No closing quotation; close what is quoted", "tiny", "--arm", "a=gns --prompt 'x"),
+    (test_wrong_usage, "--seed is set for each run by this program", "tiny", "--arm", "a=gns --seed 7"),
     (test_wrong_usage, "expected to print a number of steps", "tiny", "--trainer", "/bin/true"),
     (test_wrong_usage, "there is one only; give two --seeds", "tiny", "--arms", "replay", "--seeds", "1"),
 ]  # fmt: skip

@@ -851,7 +851,7 @@ def test_command(folder: Path, trainer: Path) -> None:
     header = np.zeros(256, "<i4")
     header[:4] = 20240520, 1, len(tokens), 40
     (folder / "x.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    common = ["-e", "L=1,H=2,C=16,T=16", "--max-tokens", "20K", "-i", folder / "x.bin", "-b", "8"]
+    common = ["-e", "L=1,H=2,C=16,T=16", "-i", folder / "x.bin", "-b", "8"]
     cases = {
         "plain": ["-k", "linear", "-q", "0", "--seed", "0", "--grad-clip", "0", "-u", "100steps"],
         "loop": [
@@ -884,9 +884,12 @@ def test_command(folder: Path, trainer: Path) -> None:
             "10K",
         ],
     }
+    cases["steps"] = ["-x", "20", "-j", folder / "x.bin", "-v", "5", "--val-batches", "2"]
+    cases["per parameter"] = ["--tokens-per-param", "0.7", "--beta2-half-life", "3K", "-d", "256"]
     for name, options in cases.items():
+        budget = [] if name in ("steps", "per parameter") else ["--max-tokens", "20K"]
         first, again = folder / name, folder / f"{name} again"
-        subprocess.run([trainer, *common, *options, "-o", first], check=True, capture_output=True)
+        subprocess.run([trainer, *common, *budget, *options, "-o", first], check=True, capture_output=True)
         words = shlex.split(command(read_run(first)))[1:]
         words[words.index("--out") + 1] = str(again)
         done = subprocess.run([trainer, *words], capture_output=True, text=True)

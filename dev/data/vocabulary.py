@@ -52,7 +52,9 @@ def byte_characters() -> dict[str, int]:
 def read_vocabulary(path: Path) -> Vocabulary:
     try:
         content = path.read_bytes()
-        _, *merges = content.decode("utf-8").splitlines()
+        heading, *merges = content.decode("utf-8").splitlines()
+        if not heading.startswith("#version") or not merges:
+            raise ValueError
         characters = byte_characters()
         tokens = [bytes([byte]) for byte in characters.values()]
         for merge in merges:

@@ -4,11 +4,17 @@ import shlex
 
 from .runs import Run
 
-# Options that the trainer refuses without another one.
+# Options that the trainer refuses without another one, or that follow from it.
 NEEDS = {
     "batch-schedule": ("batch-min batch-max batch-may-fall gns-scale gns-power gns-calibration gns-freeze".split()),
-    "val-data": ["val-every", "val-tokens"],
+    "val-data": ["val-tokens"],
     "sample-every": ["sample-length", "prompt", "temperature", "top-k"],
+}
+FOLLOWS = {
+    "max-steps": "max-tokens",
+    "tokens-per-param": "max-tokens",
+    "val-batches": "val-tokens",
+    "beta2-half-life": "beta2",
 }
 INTERVALS = ("warmup", "val-every", "sample-every", "checkpoint-every")  # in tokens, which takes a unit
 OFF_BY_DEFAULT = (
@@ -27,8 +33,9 @@ def command(run: Run) -> str:
         without.update([] if on else dependent)
     if config.get("gns") == "off":
         without.update(("gns-tau", "gns-all-every"))
-    if config.get("beta2-half-life"):
-        without.add("beta2")
+    if not config.get("val-data") and not config.get("hellaswag"):
+        without.add("val-every")
+    without |= {result for key, result in FOLLOWS.items() if config.get(key) not in (None, 0, "none")}
     words = ["./train_gptcu" if "nvcc" in str(config.get("build-flags")) else "./train_gpt"]
     for key, value in config.items():
         if key not in without and value is not None and value is not False and value not in ("none", "auto", "model"):
