@@ -155,7 +155,8 @@ def examples_for_tenth(r: Result, B: int) -> float:
 def print_results(group: str, kind: str, found: list[Result], B: int) -> None:
     for r in found:
         gns, error = r.estimate.gns
-        print(f"{group:<12}{kind:<7}{r.estimate.s:>4} {gns:>10.2f} {error:>9.2f} {r.ratio:>8.2f} +- {r.ratio_error:<6.2f}"
+        print(f"{group:<12}{kind:<7}{r.estimate.s:>4} {gns:>10.2f} {error:>9.2f} "
+              f"{r.ratio:>8.2f} +- {r.ratio_error:<6.2f}"
               f"{examples_for_tenth(r, B):>10.0f}{np.std(r.estimate.gtg) / r.estimate.gtg.mean():>10.3f}"
               f"{np.std(r.estimate.trsigma) / r.estimate.trsigma.mean():>11.3f}")
 
