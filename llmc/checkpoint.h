@@ -370,9 +370,9 @@ static inline void checkpoint_damaged(const char* folder, const char* name, int6
     for (int i = 0; i < count; i++) {
         bool older = step < 0 || (list[i].step <= step && strcmp(list[i].name, name) != 0);
         if (older && checkpoint_intact(path_join(path, folder, list[i].name), ignored, sizeof ignored)) {
-            fatal(
-                "'%s' is damaged: %s; the newest intact older checkpoint is %s; to resume from it: echo %s > '%s/latest'",
-                what, problem, list[i].name, list[i].name, folder);
+            fatal("'%s' is damaged: %s; the newest intact older checkpoint is %s; to resume from it: echo %s > "
+                  "'%s/latest'",
+                  what, problem, list[i].name, list[i].name, folder);
         }
     }
     fatal("'%s' is damaged: %s; there is no intact older checkpoint: start anew in another output folder", what,
