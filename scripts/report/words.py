@@ -188,18 +188,18 @@ def sweep_words(sweep: Sweep | None) -> str:
     else:
         parts = [f"The best constant batch is that of {at_best(rival)}, with a mean loss of {rival.best.mean:.4f}."]
         parts += rival_words(sweep, [family for family in tuned if not family.is_constant])
-    for edge in ("lowest", "highest"):
-        names = [at_best(family) for family in tuned if family.edge == edge]
-        if names:
-            parts.append(
-                f"The best rate is the {edge} that was run, and a better one may lie beyond: {several(names)}."
-            )
     rivals = [at_best(family) for family in sweep.promising_constants]
     if rivals:
         parts.append(
             "With too few seeds to be the best constant batch, but better than it in those they share, so that what is "
             f"said against it is not settled: {several(rivals)}."
         )
+    for edge in ("lowest", "highest"):
+        names = [at_best(family) for family in tuned if family.edge == edge]
+        if names:
+            parts.append(
+                f"The best rate is the {edge} that was run, and a better one may lie beyond: {several(names)}."
+            )
     promising = [f"{f.name} at {rate_name(v.rate)}" for f in sweep.families for v in f.promising]
     if promising:
         parts.append(
