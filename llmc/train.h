@@ -262,9 +262,9 @@ static inline void option_json(const Options* o, const OptionRow* row, Text* out
 }
 
 // Writes config.json: every option as resolved, and what was built and found.
-static inline void write_config(const Trainer* t) {
+static inline bool write_config(const Trainer* t, char* error, size_t error_size) {
     enum { MORE = 5 };
-    char path[PATH_SIZE], error[PATH_SIZE + 256], shape[256];
+    char path[PATH_SIZE], shape[256];
     Text values[NUM_OPTIONS + MORE];
     JsonField fields[NUM_OPTIONS + MORE];
     memset(values, 0, sizeof values);
@@ -283,10 +283,9 @@ static inline void write_config(const Trainer* t) {
         fields[i].value = values[i].data;
     }
     path_join(path, t->options.out, "config.json");
-    if (!config_json_write(path, fields, NUM_OPTIONS + MORE, error, sizeof error)) {
-        fatal("--out (-o) cannot be written: %s", error);
-    }
+    const bool ok = config_json_write(path, fields, NUM_OPTIONS + MORE, error, error_size);
     for (int i = 0; i < NUM_OPTIONS + MORE; i++) { free(values[i].data); }
+    return ok;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -388,7 +387,12 @@ static inline void trainer_start(Trainer* t, BackendOpen open) {
         if (!was_there || !o->resume) { protect_output(o); } // somebody may have been here in the meantime
         runlog_open(&t->log, path_join(path, o->out, "log.csv"), &t->plan.config, o->log_tensors,
                     resumed ? t->state.tokens : -1);
-        write_config(t); // last: a resume that was refused changes nothing
+        // Last: a resume that was refused, or has nothing left to do, changes nothing, and a run that cannot begin leaves nothing.
+        const bool begins = !resumed || (double)t->state.tokens < t->plan.budget;
+        if (begins && !write_config(t, error, sizeof error)) {
+            if (!resumed) { unlink(path_join(path, o->out, "log.csv")); }
+            fatal("--out (-o) cannot be written: %s", error);
+        }
     }
 }
 

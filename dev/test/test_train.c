@@ -6,8 +6,8 @@ train_main() with the toy backend, each in a child process, on a token file that
 #include <stdbool.h>
 #include <stdint.h>
 
-// Failure injection: the first renames that this process does fail.
-static int failing_renames = 0;
+// Failure injection: of the renames that this process does, so many fail after so many others.
+static int passing_renames = 0, failing_renames = 0;
 static int io_fault_of_test(const char* op);
 #define IO_FAULT(op) io_fault_of_test(op)
 
@@ -15,7 +15,9 @@ static int io_fault_of_test(const char* op);
 #include "dev/test/test.h"
 #include "dev/test/toy.h"
 
-static int io_fault_of_test(const char* op) { return strcmp(op, "rename") == 0 && failing_renames-- > 0; }
+static int io_fault_of_test(const char* op) {
+    return strcmp(op, "rename") == 0 && passing_renames-- <= 0 && failing_renames-- > 0;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A folder to work in, and runs
@@ -620,6 +622,19 @@ static void test_output_is_protected(void) {
     free(text);
 }
 
+// A disk that fills up between log.csv and config.json.
+static void test_output_is_whole(void) {
+    passing_renames = failing_renames = 1;
+    CHECK(refused(TOY "-d 64 -x 3 -o full", "config.json"));
+    passing_renames = failing_renames = 0;
+    CHECK(access(in_folder("full/log.csv"), F_OK) != 0 && run(TOY "-d 64 -x 3 -o full") == 0);
+    size_t len;
+    char* before = read_whole_file(in_folder("full/config.json"), &len);
+    CHECK(run(TOY "-d 64 -x 2 -o full -y 1") == 0); // its budget is used up: nothing to do, and nothing is changed
+    CHECK(contains("full/config.json", before));
+    free(before);
+}
+
 // Makes checkpoints fail: config.json and log.csv are there when the backend's first step begins.
 static void fail_renames_step_begin(void* self, int gns) {
     const int64_t step = ((Toy*)self)->step;
@@ -957,6 +972,7 @@ int main(void) {
     RUN(test_output_is_locked);
     RUN(test_output_is_protected);
     RUN(test_output_is_protected_late);
+    RUN(test_output_is_whole);
     RUN(test_failing_checkpoints);
     RUN(test_nan_steps);
     RUN(test_too_many_bad_steps);
