@@ -130,26 +130,35 @@ static inline bool folder_make(const char* folder, char* error, size_t error_siz
 // may not be written to.
 static inline bool folder_possible(const char* folder, char* error, size_t error_size) {
     struct stat info;
-    char parent[PATH_SIZE];
-    if (stat(folder, &info) == 0) {
-        if (!S_ISDIR(info.st_mode)) {
-            print_cut(error, error_size, "'%s' is not a folder", folder);
-            return false;
+    char path[PATH_SIZE], parent[PATH_SIZE];
+    print_cut(path, sizeof path, "%s", folder);
+    while (stat(path, &info) != 0) {
+        const bool is_free = errno == ENOENT && lstat(path, &info) != 0; // else it is a link that leads nowhere
+        if (!is_free || !strcmp(path_parent(parent, path), path)) {
+            return io_error(error, error_size, "use the folder", folder);
         }
-        return access(folder, W_OK) == 0 || io_error(error, error_size, "write to the folder", folder);
+        memcpy(path, parent, sizeof path);
     }
-    if (errno != ENOENT || !strcmp(path_parent(parent, folder), folder)) {
-        return io_error(error, error_size, "use the folder", folder);
+    if (!S_ISDIR(info.st_mode)) {
+        print_cut(error, error_size, "'%s' is not a folder", path);
+        return false;
     }
-    return folder_possible(parent, error, error_size);
+    return access(path, W_OK) == 0 || io_error(error, error_size, "write to the folder", path);
 }
 
 // Makes a folder, and those that it lies in, unless they exist.
 static inline bool folder_ensure(const char* folder, char* error, size_t error_size) {
-    char parent[PATH_SIZE];
-    if (access(folder, F_OK) == 0) { return true; }
-    if (strcmp(path_parent(parent, folder), folder) && !folder_ensure(parent, error, error_size)) { return false; }
-    return access(folder, F_OK) == 0 || folder_make(folder, error, error_size); // "out/" has been made as its parent
+    char path[PATH_SIZE];
+    print_cut(path, sizeof path, "%s", folder);
+    for (size_t i = 1; i <= strlen(folder); i++) {
+        if (folder[i] != '/' && folder[i] != '\0') { continue; }
+        path[i] = '\0';
+        if (access(path, F_OK) != 0 && !folder_make(path, error, error_size) && access(path, F_OK) != 0) {
+            return false;
+        }
+        path[i] = folder[i];
+    }
+    return true;
 }
 
 static inline bool path_rename(const char* from, const char* to, char* error, size_t error_size) {

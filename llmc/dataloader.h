@@ -257,6 +257,14 @@ static inline bool dataloader_check(const DataLoader* d, uint64_t number, int vo
     return false;
 }
 
+// Asks for this sequence's pages to be read from the disk, and does not wait for them.
+static inline void dataloader_prefetch(const DataLoader* d, uint64_t number) {
+    uint64_t start;
+    const TokenShard* s = dataloader_find(d, number, &start);
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)(s->tokens + start) / page * page;
+    madvise((void*)begin, (uintptr_t)(s->tokens + start + d->T + 1) - begin, MADV_WILLNEED);
+}
+
 // The sequence with this number in the endless stream; number / num_sequences is the epoch. fatal() on a token that is
 // not below vocab_size.
 static inline void dataloader_get(const DataLoader* d, uint64_t number, int vocab_size, int* tokens, int* targets) {

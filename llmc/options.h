@@ -138,7 +138,7 @@ static const OptionRow option_rows[] = {
     {NULL, "final-lr-frac", "q", OPTION_NUMBER, AT(final_lr_frac), 0, 1, NULL, "1", "X",
      "learning rate at the end of the budget, as a share of the peak (1: no decay)"},
     {NULL, "warmup", "u", OPTION_INTERVAL, AT(warmup), 0, 1e15, NULL, "0", "EVERY",
-     "learning rate rises linearly from 0 over this long"},
+     "learning rate rises linearly from 0 over so many tokens, or steps: 10M, 300000tokens or 100steps"},
     {NULL, "weight-decay", "c", OPTION_NUMBER, AT(weight_decay), 0, 100, NULL, "0", "X",
      "of matrices and embeddings"},
     {NULL, "beta1", NULL, OPTION_NUMBER, AT(beta1), 0, 0.999999, NULL, "0.9", "X",

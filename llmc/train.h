@@ -12,7 +12,8 @@ Whatever the loop decides is a function of the tokens consumed before the step a
 the micro-batch or of the number of ranks: a resumed run equals an unbroken one to the last bit.
 
 Exit status: 0 the budget is reached (or a signal stopped the run, with a checkpoint); 1 too many bad steps in a row, or the
-last checkpoint could not be saved; 2 the command line, or a file it names, is wrong.
+last checkpoint could not be saved, or --eval-only found a loss that is no number; 2 the command line, or a file it names, is
+wrong, if need be after a checkpoint.
 */
 #ifndef LLMC_TRAIN_H
 #define LLMC_TRAIN_H
@@ -72,9 +73,9 @@ static inline double seconds_now(void) {
 static inline bool is_first_rank(const Trainer* t) { return t->backend.rank == 0; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Signals: the first one (Ctrl-C, TERM, a terminal that goes away) asks the loop to stop after the step at hand, another one
-// ends the program at once; but not within half a second, as `timeout` and shells send the same one twice. Output that nobody
-// reads any more asks to stop, too, and never more than that: under `| tee`, Ctrl-C ends tee first.
+// Signals: the first one (Ctrl-C, TERM, a terminal that goes away) asks the loop to stop after the step at hand, another Ctrl-C or
+// TERM ends the program at once; but not within half a second, as `timeout` sends its own twice. A terminal that goes away and
+// output that nobody reads any more never do more than ask: under `| tee`, Ctrl-C ends tee first.
 
 static inline volatile sig_atomic_t* stop_flag(void) {
     static volatile sig_atomic_t flag = 0;
@@ -85,13 +86,13 @@ static inline void stop_handler(int number) {
     static const char message[] = "\nstopping after this step; again to stop at once\n";
     static double since;
     if (*stop_flag()) {
-        if (number == SIGPIPE || seconds_now() < since + 0.5) { return; }
+        if (number == SIGPIPE || number == SIGHUP || seconds_now() < since + 0.5) { return; }
         signal(number, SIG_DFL);
         raise(number);
         return;
     }
-    *stop_flag() = 1;
     since = seconds_now();
+    *stop_flag() = 1;
     ssize_t ignored = write(STDERR_FILENO, message, sizeof message - 1);
     (void)ignored;
 }
@@ -111,22 +112,26 @@ static inline void stop_on_signals(void) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Before the backend: everything that can be wrong with a command is found here, before anything is written or computed;
-// of the training data's tokens, which can be many, the first
+// of the training data's tokens, which can be many, those of the first step or more
 
 enum { FIRST_SEQUENCES = 1024 };
 
-// fatal() if the data's vocabulary does not fit into the model's, or one of the first `count` sequences has a token outside.
-static inline void check_vocab(const Trainer* t, const DataLoader* d, const char* pattern, int64_t count) {
+// fatal() if the data's vocabulary does not fit into the model's.
+static inline void check_vocab(const Trainer* t, const DataLoader* d, const char* pattern) {
     const int V = t->plan.config.vocab_size;
-    char error[PATH_SIZE + 256];
     if (d->vocab_size > V) {
         fatal(
             "'%s' has a vocabulary of %d tokens, the model %s one of %d; use data of the model's tokenizer, or a model "
             "with V=%d",
             pattern, d->vocab_size, t->options.model, V, d->vocab_size);
     }
+}
+
+// fatal() if one of the first `count` sequences has a token outside the model's vocabulary.
+static inline void check_tokens(const Trainer* t, const DataLoader* d, int64_t count) {
+    char error[PATH_SIZE + 256];
     for (int64_t i = 0; i < count; i++) {
-        if (!dataloader_check(d, (uint64_t)i, V, error, sizeof error)) { fatal("%s", error); }
+        if (!dataloader_check(d, (uint64_t)i, t->plan.config.vocab_size, error, sizeof error)) { fatal("%s", error); }
     }
 }
 
@@ -134,12 +139,12 @@ static inline void open_data(Trainer* t) {
     const Options* o = &t->options;
     if (o->train_data != NULL && !o->eval_only) {
         dataloader_open(&t->train, o->train_data, t->plan.T, (uint64_t)o->seed, true);
-        check_vocab(t, &t->train, o->train_data, (int64_t)fmin((double)t->train.num_sequences, FIRST_SEQUENCES));
+        check_vocab(t, &t->train, o->train_data);
     }
     if (o->val_data != NULL) {
         dataloader_open(&t->val, o->val_data, t->plan.T, 0, false);
         t->val_sequences = (int64_t)fmin(ceil(o->val_tokens / t->plan.T), (double)t->val.num_sequences);
-        check_vocab(t, &t->val, o->val_data, t->val_sequences);
+        check_vocab(t, &t->val, o->val_data);
     }
     const int a = t->train.vocab_size, b = t->val.vocab_size;
     if (a > 0 && b > 0 && a != b) {
@@ -194,6 +199,11 @@ static inline void trainer_prepare(Trainer* t) {
     const double epoch = (double)t->train.num_sequences * t->plan.T;
     plan_schedules(&t->plan, o, o->eval_only ? 1e15 : epoch); // an evaluation never reaches its budget
     if (o->dry_run) { return; }
+    check_tokens(t, &t->val, t->val_sequences);
+    if (!o->eval_only) {
+        const StepPlan first = plan_step(&t->plan, o, 0, 0, t->plan.controller.batch);
+        check_tokens(t, &t->train, max_int(first.n, FIRST_SEQUENCES));
+    }
     if (o->sample_every.count > 0) { open_prompt(t); }
     if (o->eval_only || o->out == NULL) { return; }
     char error[PATH_SIZE + 256];
@@ -475,6 +485,9 @@ static inline bool save(Trainer* t) {
 // ---------------------------------------------------------------------------------------------------------------------
 // One step
 
+// The number of the step's first sequence in the data stream.
+static inline int64_t first_sequence(const Trainer* t) { return t->options.overfit ? 0 : t->state.sequences; }
+
 // Forward and backward of this rank's contiguous share of the step's n sequences, in as few micro-batches as -b allows and
 // these as equal as can be: 17 sequences at -b 16 are 8 and 9. Returns the number of micro-batches.
 static inline int run_micro_batches(Trainer* t, int n) {
@@ -482,7 +495,7 @@ static inline int run_micro_batches(Trainer* t, int n) {
     const size_t T = (size_t)t->plan.T;
     const int64_t begin = (int64_t)n * b->rank / b->num_ranks,
                   share = (int64_t)n * (b->rank + 1) / b->num_ranks - begin;
-    const int64_t first = begin + (t->options.overfit ? 0 : t->state.sequences);
+    const int64_t first = begin + first_sequence(t);
     const int64_t count = (share + t->options.micro_batch - 1) / t->options.micro_batch;
     for (int64_t i = 0; i < count; i++) {
         const int64_t from = share * i / count, to = share * (i + 1) / count;
@@ -540,13 +553,19 @@ static inline void learn_from_step(Trainer* t, LogRow* row) {
     }
 }
 
-// Whether the sequences of the next step, which every rank checks, are of the model's vocabulary; if not, why.
+// Whether the sequences of the next step, all of which every rank checks, are of the model's vocabulary; if not, why.
 static inline bool data_is_sound(const Trainer* t, int n, char* error, size_t error_size) {
-    const int64_t first = t->options.overfit ? 0 : t->state.sequences;
-    for (int64_t i = first; i < first + n; i++) {
-        if (!dataloader_check(&t->train, (uint64_t)i, t->plan.config.vocab_size, error, error_size)) { return false; }
+    for (int64_t i = 0; i < n; i++) {
+        const uint64_t sequence = (uint64_t)(first_sequence(t) + i);
+        if (!dataloader_check(&t->train, sequence, t->plan.config.vocab_size, error, error_size)) { return false; }
     }
     return true;
+}
+
+// Has the disk read what the next step will want, so that it is there when its turn comes: to be called while the device is
+// busy with this step of n sequences.
+static inline void prefetch(const Trainer* t, int n) {
+    for (int64_t i = n; i < 2 * (int64_t)n; i++) { dataloader_prefetch(&t->train, (uint64_t)(first_sequence(t) + i)); }
 }
 
 // One optimizer step; *row receives its numbers. False, with the reason in error and nothing done, if the data is damaged.
@@ -560,6 +579,7 @@ static inline bool train_step(Trainer* t, LogRow* row, char* error, size_t error
     row->step = r->step;
     b->step_begin(b->self, plan.gns);
     row->micro_batches = run_micro_batches(t, plan.n);
+    prefetch(t, plan.n);
     const StepHyper hyper = step_hyper(t, &plan);
     b->step_end(b->self, &hyper, &t->stats);
     learn_from_step(t, row);
@@ -615,8 +635,9 @@ static inline int give_up(const Trainer* t) {
 }
 
 // Damaged data: saves what there is, says so and what to do; the exit status.
-static inline int give_up_on_data(Trainer* t, const char* problem, bool saved) {
-    const bool can_resume = t->options.out != NULL && (saved || (t->state.step > 0 && save(t)));
+static inline int give_up_on_data(Trainer* t, const char* problem, bool tried, bool saved) {
+    const bool has_steps = t->options.out != NULL && t->state.step > 0;
+    const bool can_resume = tried ? saved : has_steps && save(t);
     if (is_first_rank(t)) {
         fprintf(stderr, "error: %s%s\n", problem,
                 can_resume
@@ -633,11 +654,12 @@ static inline int train_loop(Trainer* t) {
     char error[PATH_SIZE + 256];
     double first_loss, first_accuracy; // only said: the log's first row is that of the first step
     int status = 0;
-    bool due = false, saved = t->state.step > 0; // a checkpoint; that of the last step, or of a resume
+    bool due = false;                              // a checkpoint
+    bool tried = t->state.step > 0, saved = tried; // to save one after the last step; a resumed run has one
     if (t->state.step == 0 && o->val_every.count > 0) { evaluate(t, &first_loss, &first_accuracy); }
     for (bool last = *stop_flag(); !last && (double)t->state.tokens < t->plan.budget;) {
         const int64_t before = t->state.tokens;
-        if (!train_step(t, &row, error, sizeof error)) { return give_up_on_data(t, error, saved); }
+        if (!train_step(t, &row, error, sizeof error)) { return give_up_on_data(t, error, tried, saved); }
         const int64_t now = t->state.tokens;
         const bool done = (double)now >= t->plan.budget;
         if (o->val_every.count > 0 && (done || interval_crossed(o->val_every, before, now))) {
@@ -653,12 +675,11 @@ static inline int train_loop(Trainer* t) {
         last = done || *stop_flag();
         // While steps are skipped the weights may be what is broken: the checkpoint waits for the next good step.
         due = due || interval_crossed(o->checkpoint_every, before, now);
-        if (o->out != NULL && (last || (due && t->state.bad_streak == 0))) {
+        tried = o->out != NULL && (last || (due && t->state.bad_streak == 0));
+        if (tried) {
             saved = save(t);
             status = saved ? 0 : 1;
             due = false;
-        } else {
-            saved = false;
         }
     }
     return status;

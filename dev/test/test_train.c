@@ -497,49 +497,82 @@ static void very_slow_open(Backend* backend, const GPTConfig* config, const Back
     backend->step_end = very_slow_step_end;
 }
 
+// That of a run that only a signal can end; -1 if it does not within half a minute, and is killed.
+static int end_soon(pid_t pid) {
+    int status;
+    for (int i = 0; i < 3000; i++) {
+        if (waitpid(pid, &status, WNOHANG) == pid) {
+            return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+        }
+        usleep(10 * 1000);
+    }
+    kill(pid, SIGKILL);
+    waitpid(pid, &status, 0);
+    return -1;
+}
+
 static void test_second_signal(void) {
     pid_t pid = start_run(very_slow_open, TOY "-d 64 -x 100 -o second");
     CHECK(wait_for("stdout", "eval at 0 tokens"));
     kill(pid, SIGTERM);
+    kill(pid, SIGINT); // at once, as timeout's second one: does not count
     CHECK(wait_for("stderr", "stopping after this step"));
-    kill(pid, SIGTERM); // the same again, at once, as timeout does
     usleep(700 * 1000);
+    kill(pid, SIGHUP); // a terminal that goes away never ends it
+    usleep(100 * 1000);
     CHECK(waitpid(pid, NULL, WNOHANG) == 0); // it is still at its step
     kill(pid, SIGINT);
-    CHECK(end_run(pid) == 128 + SIGINT);
+    CHECK(end_soon(pid) == 128 + SIGINT);
 }
 
-// As under `| tee`, which Ctrl-C ends as well: nobody reads the output any more, and the checkpoint is saved.
+#define ENDLESS TOY "-b 4 -d 64 -x 100000000 -v 0 "
+
+static void slow_second_step_end(void* self, const StepHyper* hyper, StepStats* stats) {
+    for (int i = 0; i < 20; i++) { usleep(100 * 1000); }
+    toy_step_end(self, hyper, stats);
+}
+
+static void slow_second_open(Backend* backend, const GPTConfig* config, const BackendOptions* options) {
+    toy_open(backend, config, options);
+    backend->step_end = slow_second_step_end;
+}
+
+// As under `| tee`, which Ctrl-C ends as well: nobody reads the output any more. The run stops, also by that alone, and saves its
+// checkpoint, also when a long step lies between the two.
 static void test_reader_goes_away(void) {
     for (int with_signal = 0; with_signal < 2; with_signal++) {
         int ends[2];
-        CHECK(pipe(ends) == 0);
-        pid_t pid = start_piped_run(slow_open, LONG_RUN "-o piped", ends);
-        close(ends[1]);
         char c;
-        CHECK(read(ends[0], &c, 1) == 1);
-        CHECK(wait_for("piped/log.csv", "\n0,"));
-        if (with_signal) { kill(pid, SIGINT); }
+        CHECK(pipe(ends) == 0);
+        pid_t pid = start_piped_run(with_signal ? slow_second_open : slow_open, ENDLESS "-o piped", ends);
+        close(ends[1]);
+        CHECK(read(ends[0], &c, 1) == 1 && wait_for("piped/config.json", "seed"));
+        if (with_signal) {
+            usleep(300 * 1000); // into the first step
+            kill(pid, SIGINT);
+            usleep(700 * 1000);
+        }
         close(ends[0]);
-        CHECK(end_run(pid) == 0);
+        CHECK(end_soon(pid) == 0);
         CHECK(access(in_folder("piped/checkpoints/latest"), F_OK) == 0);
         remove_tree(in_folder("piped"));
     }
 }
 
 static void test_hang_up(void) {
-    pid_t pid = start_run(slow_open, LONG_RUN "-o hung");
-    CHECK(wait_for("stdout", "\nstep "));
-    kill(pid, SIGHUP);
-    CHECK(end_run(pid) == 0 && access(in_folder("hung/checkpoints/latest"), F_OK) == 0);
-    signal(SIGHUP, SIG_IGN); // nohup
-    pid = start_run(slow_open, LONG_RUN "-o kept");
-    CHECK(wait_for("stdout", "\nstep "));
-    kill(pid, SIGHUP);
-    usleep(50 * 1000);
-    CHECK(waitpid(pid, NULL, WNOHANG) == 0); // it goes on
-    kill(pid, SIGTERM);
-    CHECK(end_run(pid) == 0);
+    for (int ignored = 0; ignored < 2; ignored++) { // as by nohup
+        signal(SIGHUP, ignored ? SIG_IGN : SIG_DFL);
+        pid_t pid = start_run(slow_open, ENDLESS "-o hung");
+        CHECK(wait_for("stdout", "\nstep "));
+        kill(pid, SIGHUP);
+        if (ignored) {
+            usleep(200 * 1000);
+            CHECK(waitpid(pid, NULL, WNOHANG) == 0); // it goes on
+            kill(pid, SIGTERM);
+        }
+        CHECK(end_soon(pid) == 0 && access(in_folder("hung/checkpoints/latest"), F_OK) == 0);
+        remove_tree(in_folder("hung"));
+    }
     signal(SIGHUP, SIG_DFL);
 }
 
@@ -613,6 +646,8 @@ static void test_output_is_protected(void) {
     CHECK(refused(TOY "-d 64 -x 3 -o safe", "'safe' already holds a run (log.csv); -y 1 goes on with it"));
     CHECK(refused(TOY "-d 64 -x 3 -o train.bin", "--out (-o): 'train.bin' is not a folder; choose another"));
     CHECK(refused(TOY "-d 64 -x 3 -o train.bin/a/b", "cannot use the folder 'train.bin/a/b'"));
+    CHECK(symlink("nowhere", in_folder("link")) == 0);
+    CHECK(refused(TOY "-d 64 -x 3 -o link", "cannot use the folder 'link'"));
     CHECK(run(TOY "-d 64 -x 3 -o in/new/folders") == 0 && run(TOY "-d 64 -x 3 -o in/others/") == 0);
     CHECK(contains("in/new/folders/log.csv", "\n2,") && contains("in/others/log.csv", "\n2,"));
     CHECK(run(TOY "-d 64 -x 3") == 0); // without --out nothing is written, and nothing is said of a checkpoint
@@ -899,6 +934,8 @@ static void test_refusals(void) {
     make_tokens("wide.bin", 100, 300);
     make_tokens("bad.bin", 801, 0);
     put_token("bad.bin", 400, 16);
+    make_tokens("many.bin", 20001, 0);
+    put_token("many.bin", 20000, 16); // in a sequence that the first step, of all 2,500, takes somewhere
     CHECK(mkfifo(in_folder("fifo"), 0666) == 0);
     static const char* const cases[][2] = {
         {"-i missing.bin -e L=1,H=1,C=4,T=8,V=16", "missing.bin"},
@@ -907,6 +944,7 @@ static void test_refusals(void) {
         {"-i wide.bin -e L=1,H=1,C=4,T=8,V=16", "a vocabulary of 300 tokens"},
         {"-i train.bin -j wide.bin -e L=1,H=1,C=4,T=8", "a vocabulary of 300 tokens"},
         {"-i bad.bin -e L=1,H=1,C=4,T=8,V=16", "token 16 at position 400"},
+        {"-i many.bin -e L=1,H=1,C=4,T=8,V=16 -d 20000", "token 16 at position 20000"},
         {"-i train.bin -j bad.bin -e L=1,H=1,C=4,T=8,V=16", "token 16 at position 400"},
         {"-i fifo -e L=1,H=1,C=4,T=8,V=16", "not a regular file"},
         {TOY "-x 10 --max-tokens 640", "--max-tokens and --max-steps contradict each other"},
