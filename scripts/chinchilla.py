@@ -632,7 +632,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: '{error.filename}': {error.strerror}; choose another --out, or mend it", file=sys.stderr)
+        what = f"'{error.filename}': {error.strerror}" if error.filename else str(error)
+        print(f"error: {what}; --out, --data and --trainer say where files lie", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the first run
         return 130

@@ -407,9 +407,16 @@ def arm_names(args: argparse.Namespace, size: Size, table: ArmTable) -> list[str
     factors = args.lr_sweep.split(",") if args.lr_sweep else []
     if not all(re.fullmatch(r"\d*\.?\d+", factor) and float(factor) > 0 for factor in factors):
         raise Mistake(f"--lr-sweep '{args.lr_sweep}': expected factors, such as {SWEEP}")
-    rates = {name: float(table.without_steps(name).options["lr"]) for name in names} if factors else {}
+    rates = {name: own_rate(table.without_steps(name), size) for name in names} if factors else {}
     swept = [f"{name.partition('@')[0]}@lr{float(f) * rates[name]:.3g}" for name in names for f in factors]
     return list(dict.fromkeys([*names, *swept]))
+
+
+def own_rate(arm: Arm, size: Size) -> float:
+    try:
+        return float(arm.options.get("lr", size.lr))
+    except ValueError:
+        raise Mistake(f"the arm '{arm.name}' has --lr '{arm.options['lr']}': expected a number") from None
 
 
 def make_plan(args: argparse.Namespace, trainer: Path, known: Plan | None) -> Plan:

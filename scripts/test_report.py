@@ -573,8 +573,18 @@ def test_honest(folder: Path) -> None:
     log.write_text(with_final_loss(log.read_text(), math.nan))
     words = " ".join(notes(read_all([folder])))
     check("Finished without a validation loss that is a number: ramp/seed2." in words, f"a lost loss: {words}")
-    undisturbed = invent(folder / "b", {"fixed": {}, "ramp": {"first_batch": 4, "speed": 3e4}})
-    check(compare(undisturbed).disturbed == "", "other batches may have another speed")
+    arms = {"fixed": {}, "ramp": {"first_batch": 4, "speed": 3e4}, "all": {"speed": 5e4, "config": {"gns": "all"}}}
+    e = invent(folder / "b", arms)
+    check(compare(e).disturbed == "", "other batches, and other measurements, may have another speed")
+    for name, done in (("fixed/seed1", 1.0), ("fixed/seed2", 0.1)):  # a slow start; a run that is at its slow start
+        run = write_run(folder / "b" / name, seed=int(name[-1]), shift=0.01 * int(name[-1]), done=done)
+        rows = list(csv.DictReader((run / "log.csv").open()))
+        rows[0]["dt"] = "20"
+        with (run / "log.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    check(compare(read_all([folder / "b"])).disturbed == "", "a slow start is no disturbance")
 
 
 def test_noise_figures(folder: Path) -> None:

@@ -122,8 +122,8 @@ def noise_captions(experiment: Experiment) -> dict[str, Caption]:
         ),
         "phase": Caption(
             "Signal and noise",
-            f"Both components of the noise scale, smoothed over {PHASE_SMOOTHING} times as many tokens as in the run, "
-            "from its start (dot) to its end (cross). Grey lines have one noise scale each, tr(Σ)/|G|², named at their "
+            f"Both components of the noise scale, smoothed over {PHASE_SMOOTHING} of the run's smoothing lengths, from its "
+            "start (dot) to its end (cross). Grey lines have one noise scale each, tr(Σ)/|G|², named at their "
             f"ends.{of_run}",
         ),
     }

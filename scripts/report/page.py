@@ -74,8 +74,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Se
 def arms_table(experiment: Experiment) -> str:
     names = "arm, what, peak rate, finished, steps, mean batch, tokens, device time, final loss, s.d."
     return table(names.split(", "), [arm_row(arm) for arm in experiment.arms], (1,)) + paragraph(
-        "Means over the finished runs of each arm (over all of it where none has finished), of those that have begun. "
-        "Peak learning rate; mean batch in sequences; "
+        "Finished: of the runs that have begun. The other numbers are means over the finished runs (over those that have "
+        "begun where none has finished). Peak rate: of the learning rate; mean batch in sequences; "
         "device time is the sum of dt over the steps, without evaluations and checkpoints; final loss is the "
         "validation loss, in nats per token, after the last step; s.d. is its standard deviation over the seeds."
     )

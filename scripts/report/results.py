@@ -26,6 +26,7 @@ from .sweep import Sweep, read_sweep
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of the reference's budget, at which the tables read the savings along the run
 SAME_SPEED = 1.3  # runs that do the same work on the same machine, undisturbed, differ by less
+WORK = ("batch-schedule", "batch-tokens", "max-tokens", "gns", "gns-all-every", "micro-batch", "recompute", "tf32")
 LISTED = 12  # names in a note; of more, their number
 
 
@@ -221,9 +222,8 @@ def disturbed(experiment: Experiment) -> str:
         return "Times are not comparable: the runs' devices differ."
     alike: dict[tuple[object, ...], list[Run]] = {}
     for run in experiment.runs():
-        batches = run.config.get("batch-schedule"), run.config.get("batch-tokens"), run.budget
-        if run.config and batches[0] != "gns" and run.seconds[-1] > 0:
-            alike.setdefault(batches, []).append(run)
+        if run.finished and run.config.get("batch-schedule") != "gns" and math.isfinite(speed(run)):
+            alike.setdefault(tuple(run.config.get(key) for key in WORK), []).append(run)
     pairs = [(min(runs, key=speed), max(runs, key=speed)) for runs in alike.values()]
     slow, fast = max(pairs, key=lambda pair: speed(pair[1]) / speed(pair[0]), default=(None, None))
     if slow is None or fast is None or speed(fast) < SAME_SPEED * speed(slow):
@@ -235,8 +235,10 @@ def disturbed(experiment: Experiment) -> str:
 
 
 def speed(run: Run) -> float:
-    """Tokens a second."""
-    return float(run.tokens[-1] / run.seconds[-1])
+    """Tokens a second, without the first tenth, in which a program warms up; NaN if unknown."""
+    start = int(np.searchsorted(run.tokens, 0.1 * run.tokens[-1]))
+    seconds = run.seconds[-1] - run.seconds[start]
+    return float((run.tokens[-1] - run.tokens[start]) / seconds) if seconds > 0 else math.nan
 
 
 def name_of(run: Run) -> str:
