@@ -98,7 +98,7 @@ def paired_per_token(ln: Components, total: Components, tau: float) -> tuple[Arr
     known = np.isfinite(pair[0].gns * pair[1].gns) & (pair[0].se * pair[1].se > 0)
     (x, y), (x_error, y_error) = ([curve.gns[known] for curve in pair], [curve.se[known] for curve in pair])
     factor, weights = 1.0, np.ones(len(x))
-    for _ in range(50 if len(x) > 0 else 0):
+    for _ in range(50):
         weights = 1 / (y_error**2 + (factor * x_error) ** 2)
         factor = np.sum(weights * x * y) / max(np.sum(weights * x * x), 1e-300)
     return x, y, weights

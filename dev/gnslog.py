@@ -266,35 +266,29 @@ class Curve:
     trsigma: Array
 
 
-def fraction_ema(c: Components, tau: float) -> Curve:
-    """The trainer's estimate, number for number: FractionEma of llmc/gns.h. gtg and trsigma are shares of m."""
-    fractions, errors = np.full(len(c.n), math.nan), np.full(len(c.n), math.nan)
-    F = W = Q = V = VW = last_tokens = 0.0
-    last_f = last_n = math.nan
-    for i, (tokens, n, f) in enumerate(zip(c.tokens, c.n, c.gtg / c.m)):
-        w = -math.expm1(-(tokens - last_tokens) / tau)
-        if i > 0:
-            wv = -math.expm1(-(tokens - last_tokens) / (VARIANCE_MEMORY * tau))
-            V += wv * ((f - last_f) ** 2 / (1 / n + 1 / last_n) - V)
-            VW += wv * (1 - VW)
-        F += w * (f - F)
-        W += w * (1 - W)
-        Q = (1 - w) ** 2 * Q + w * w / n
-        last_f, last_n, last_tokens = f, n, tokens
-        if i > 0 and F > 0:
-            fractions[i], errors[i] = F / W, math.sqrt(V / VW * Q) / W
-    return Curve(c.tokens, np.maximum(0, 1 / fractions - 1), errors / fractions**2, fractions, 1 - fractions)
-
-
-def token_ema(tokens: Array, x: Array, tau: float) -> Array:
-    """The EMA of x over tokens, without bias at its start."""
-    mean = weight = last = 0.0
-    means = np.empty(len(x))
+def token_ema(tokens: Array, x: Array, tau: float, start: float = 0.0) -> tuple[Array, Array]:
+    """The EMA of x over tokens, from `start` on, without bias at its beginning; and the weight that it has by then."""
+    mean = weight = 0.0
+    last, means, weights = start, np.empty(len(x)), np.empty(len(x))
     for i, (at, value) in enumerate(zip(tokens, x)):
         w = -math.expm1(-(at - last) / tau)
         mean, weight, last = mean + w * (value - mean), weight + w * (1 - weight), at
-        means[i] = mean / weight
-    return means
+        means[i], weights[i] = mean / weight, weight
+    return means, weights
+
+
+def fraction_ema(c: Components, tau: float) -> Curve:
+    """The trainer's estimate, number for number: FractionEma of llmc/gns.h. gtg and trsigma are shares of m."""
+    fractions, weights = token_ema(c.tokens, c.gtg / c.m, tau)
+    differences = np.diff(c.gtg / c.m) ** 2 / (1 / c.n[1:] + 1 / c.n[:-1])
+    variance, _ = token_ema(c.tokens[1:], differences, VARIANCE_MEMORY * tau, c.tokens[0])
+    squares, Q = np.empty(len(c.n)), 0.0
+    for i, w in enumerate(-np.expm1(-np.diff(c.tokens, prepend=0.0) / tau)):
+        squares[i] = Q = (1 - w) ** 2 * Q + w * w / c.n[i]
+    errors = np.sqrt(np.append(math.nan, variance) * squares) / weights
+    known = (np.arange(len(c.n)) > 0) & (fractions > 0)
+    fractions, errors = np.where(known, fractions, math.nan), np.where(known, errors, math.nan)
+    return Curve(c.tokens, np.maximum(0, 1 / fractions - 1), errors / fractions**2, fractions, 1 - fractions)
 
 
 def component_ema(c: Components, alpha: float = 0.99) -> Curve:

@@ -150,13 +150,14 @@ static inline bool folder_possible(const char* folder, char* error, size_t error
 static inline bool folder_ensure(const char* folder, char* error, size_t error_size) {
     char path[PATH_SIZE];
     print_cut(path, sizeof path, "%s", folder);
-    for (size_t i = 1; i <= strlen(folder); i++) {
-        if (folder[i] != '/' && folder[i] != '\0') { continue; }
+    for (size_t i = 1, length = strlen(path); i <= length; i++) {
+        const char here = path[i];
+        if (here != '/' && here != '\0') { continue; }
         path[i] = '\0';
         if (access(path, F_OK) != 0 && !folder_make(path, error, error_size) && access(path, F_OK) != 0) {
             return false;
         }
-        path[i] = folder[i];
+        path[i] = here;
     }
     return true;
 }

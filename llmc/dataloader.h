@@ -239,22 +239,27 @@ static inline const TokenShard* dataloader_find(const DataLoader* d, uint64_t nu
     return s;
 }
 
-// Whether all tokens of this sequence are below vocab_size; if not, a line about the first one that is not.
-static inline bool dataloader_check(const DataLoader* d, uint64_t number, int vocab_size, char* error,
+// Whether all tokens of the sequences `number` to number + count - 1 are below vocab_size; if not, a line about the first one
+// that is not.
+static inline bool dataloader_check(const DataLoader* d, uint64_t number, int64_t count, int vocab_size, char* error,
                                     size_t error_size) {
-    uint64_t start;
-    const TokenShard* s = dataloader_find(d, number, &start);
-    const uint16_t* tokens = s->tokens + start;
-    uint16_t largest = 0; // first, as that takes no time
-    for (int t = 0; t <= d->T; t++) { largest = tokens[t] > largest ? tokens[t] : largest; }
-    if (largest < vocab_size) { return true; }
-    int bad = 0;
-    while (tokens[bad] < vocab_size) { bad++; }
-    print_cut(error, error_size,
-              "'%s': token %d at position %" PRIu64 " is outside the model's vocabulary of %d (the file's header gives "
-              "%d, 0 = unknown); use the model's own tokenizer for the data, or a model with a larger vocabulary",
-              s->path, tokens[bad], start + (uint64_t)bad, vocab_size, s->header[3]);
-    return false;
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t start;
+        const TokenShard* s = dataloader_find(d, number + (uint64_t)i, &start);
+        const uint16_t* tokens = s->tokens + start;
+        uint16_t largest = 0; // first, as that takes no time
+        for (int t = 0; t <= d->T; t++) { largest = tokens[t] > largest ? tokens[t] : largest; }
+        if (largest < vocab_size) { continue; }
+        int bad = 0;
+        while (tokens[bad] < vocab_size) { bad++; }
+        print_cut(error, error_size,
+                  "'%s': token %d at position %" PRIu64 " is outside the model's vocabulary of %d (the file's header "
+                  "gives %d, 0 = unknown); use the model's own tokenizer for the data, or a model with a larger "
+                  "vocabulary",
+                  s->path, tokens[bad], start + (uint64_t)bad, vocab_size, s->header[3]);
+        return false;
+    }
+    return true;
 }
 
 // Asks for this sequence's pages to be read from the disk, and does not wait for them.
@@ -272,7 +277,7 @@ static inline void dataloader_get(const DataLoader* d, uint64_t number, int voca
     char error[PATH_SIZE + 256];
     uint64_t start;
     const TokenShard* s = dataloader_find(d, number, &start);
-    if (!dataloader_check(d, number, vocab_size, error, sizeof error)) { fatal("%s", error); }
+    if (!dataloader_check(d, number, 1, vocab_size, error, sizeof error)) { fatal("%s", error); }
     for (int t = 0; t < d->T; t++) {
         tokens[t] = s->tokens[start + (uint64_t)t];
         targets[t] = s->tokens[start + (uint64_t)t + 1];

@@ -29,8 +29,8 @@ a drift of f hardly enters them:
     Q <- (1 - w)^2 Q + w^2 / n_t                          SE(f)^2 = v Q / W^2         SE(GNS) = SE(f) / f^2
 
 So it is the error from the noise of single steps, of the noise scale about where the run is. Where |G|^2 itself wanders
-from step to step it says too little: in runs of a small model, estimates some smoothing lengths apart lie within 2 SE of
-the mean course of several seeds in 73 to 87% of cases.
+from step to step it says too little: in runs of scripts/chinchilla.py's tiny (fixed, mean, const3), estimates four
+smoothing lengths apart lie within 2 SE of the mean course of the seeds in 73 to 87% of cases.
 
 Calibration. Where a step measured both the LayerNorm tensors and all of them, the pair's two fractions go into two
 EMAs of their own (over the same steps, weights from the measured steps' own tokens, so that rare measurements average

@@ -130,9 +130,7 @@ static inline void check_vocab(const Trainer* t, const DataLoader* d, const char
 // fatal() if one of the first `count` sequences has a token outside the model's vocabulary.
 static inline void check_tokens(const Trainer* t, const DataLoader* d, int64_t count) {
     char error[PATH_SIZE + 256];
-    for (int64_t i = 0; i < count; i++) {
-        if (!dataloader_check(d, (uint64_t)i, t->plan.config.vocab_size, error, sizeof error)) { fatal("%s", error); }
-    }
+    if (!dataloader_check(d, 0, count, t->plan.config.vocab_size, error, sizeof error)) { fatal("%s", error); }
 }
 
 static inline void open_data(Trainer* t) {
@@ -426,30 +424,29 @@ static inline void trainer_close(Trainer* t) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Evaluation, samples, checkpoints
 
-// Evaluates, says what came out, and notes it for the log; NAN for what was not measured.
-static inline void evaluate(Trainer* t, double* val_loss, double* accuracy) {
+// Evaluates, says what came out, and notes it for the log; NAN for what was not measured. False if a loss is no number.
+static inline bool evaluate(Trainer* t, double* val_loss, double* accuracy) {
     const Options* o = &t->options;
+    const bool has_val = t->val_sequences > 0, has_hellaswag = t->hellaswag.num_examples > 0;
     *val_loss = *accuracy = NAN;
-    if (t->val_sequences > 0) {
+    if (has_val) {
         *val_loss = evaluate_loss(&t->backend, &t->val, t->plan.config.vocab_size, t->val_sequences, o->micro_batch);
     }
-    if (t->hellaswag.num_examples > 0) {
-        *accuracy = hellaswag_evaluate(&t->hellaswag, &t->backend, o->micro_batch, t->plan.T, 0);
-    }
-    if (is_first_rank(t) && (t->val_sequences > 0 || t->hellaswag.num_examples > 0)) {
+    if (has_hellaswag) { *accuracy = hellaswag_evaluate(&t->hellaswag, &t->backend, o->micro_batch, t->plan.T, 0); }
+    const bool broken = has_val && !isfinite(*val_loss);
+    if (is_first_rank(t) && (has_val || has_hellaswag)) {
         char tokens[16], where[32] = "", loss[32] = "", hellaswag[48] = "";
         if (!o->eval_only) {
             format_count(tokens, sizeof tokens, (double)t->state.tokens);
             snprintf(where, sizeof where, " at %s tokens", tokens);
         }
-        if (t->val_sequences > 0) { snprintf(loss, sizeof loss, " | val loss %.4f", *val_loss); }
-        if (t->hellaswag.num_examples > 0) { snprintf(hellaswag, sizeof hellaswag, " | HellaSwag %.4f", *accuracy); }
+        if (has_val) { snprintf(loss, sizeof loss, " | val loss %.4f", *val_loss); }
+        if (has_hellaswag) { snprintf(hellaswag, sizeof hellaswag, " | HellaSwag %.4f", *accuracy); }
         printf("eval%s%s%s\n", where, loss, hellaswag);
         fflush(stdout);
-        if (t->val_sequences > 0 && !isfinite(*val_loss)) {
-            warn("the validation loss is not a finite number: the model's weights are broken");
-        }
+        if (broken) { warn("the validation loss is not a finite number: the model's weights are broken"); }
     }
+    return !broken;
 }
 
 static inline void sample(Trainer* t) {
@@ -553,15 +550,6 @@ static inline void learn_from_step(Trainer* t, LogRow* row) {
     }
 }
 
-// Whether the sequences of the next step, all of which every rank checks, are of the model's vocabulary; if not, why.
-static inline bool data_is_sound(const Trainer* t, int n, char* error, size_t error_size) {
-    for (int64_t i = 0; i < n; i++) {
-        const uint64_t sequence = (uint64_t)(first_sequence(t) + i);
-        if (!dataloader_check(&t->train, sequence, t->plan.config.vocab_size, error, error_size)) { return false; }
-    }
-    return true;
-}
-
 // Has the disk read what the next step will want, so that it is there when its turn comes: to be called while the device is
 // busy with this step of n sequences.
 static inline void prefetch(const Trainer* t, int n) {
@@ -575,7 +563,9 @@ static inline bool train_step(Trainer* t, LogRow* row, char* error, size_t error
     const double start = seconds_now();
     const StepPlan plan = plan_step(&t->plan, &t->options, r->step, r->tokens, r->controller.batch);
     memset(row, 0, sizeof *row);
-    if (!data_is_sound(t, plan.n, error, error_size)) { return false; }
+    // Every rank checks all of the step's sequences, so that all agree.
+    const uint64_t first = (uint64_t)first_sequence(t);
+    if (!dataloader_check(&t->train, first, plan.n, t->plan.config.vocab_size, error, error_size)) { return false; }
     row->step = r->step;
     b->step_begin(b->self, plan.gns);
     row->micro_batches = run_micro_batches(t, plan.n);
@@ -634,10 +624,11 @@ static inline int give_up(const Trainer* t) {
     return 1;
 }
 
-// Damaged data: saves what there is, says so and what to do; the exit status.
-static inline int give_up_on_data(Trainer* t, const char* problem, bool tried, bool saved) {
+// Damaged data: saves what there is, says so and what to do; the exit status. tried: to save it after the last step, with
+// this status.
+static inline int give_up_on_data(Trainer* t, const char* problem, bool tried, int status) {
     const bool has_steps = t->options.out != NULL && t->state.step > 0;
-    const bool can_resume = tried ? saved : has_steps && save(t);
+    const bool can_resume = tried ? status == 0 : has_steps && save(t);
     if (is_first_rank(t)) {
         fprintf(stderr, "error: %s%s\n", problem,
                 can_resume
@@ -654,12 +645,12 @@ static inline int train_loop(Trainer* t) {
     char error[PATH_SIZE + 256];
     double first_loss, first_accuracy; // only said: the log's first row is that of the first step
     int status = 0;
-    bool due = false;                              // a checkpoint
-    bool tried = t->state.step > 0, saved = tried; // to save one after the last step; a resumed run has one
+    bool due = false;               // a checkpoint
+    bool tried = t->state.step > 0; // to save one after the last step; a resumed run has one
     if (t->state.step == 0 && o->val_every.count > 0) { evaluate(t, &first_loss, &first_accuracy); }
     for (bool last = *stop_flag(); !last && (double)t->state.tokens < t->plan.budget;) {
         const int64_t before = t->state.tokens;
-        if (!train_step(t, &row, error, sizeof error)) { return give_up_on_data(t, error, tried, saved); }
+        if (!train_step(t, &row, error, sizeof error)) { return give_up_on_data(t, error, tried, status); }
         const int64_t now = t->state.tokens;
         const bool done = (double)now >= t->plan.budget;
         if (o->val_every.count > 0 && (done || interval_crossed(o->val_every, before, now))) {
@@ -677,8 +668,7 @@ static inline int train_loop(Trainer* t) {
         due = due || interval_crossed(o->checkpoint_every, before, now);
         tried = o->out != NULL && (last || (due && t->state.bad_streak == 0));
         if (tried) {
-            saved = save(t);
-            status = saved ? 0 : 1;
+            status = save(t) ? 0 : 1;
             due = false;
         }
     }
@@ -716,8 +706,7 @@ static inline int train_main(int argc, char** argv, BackendOpen open) {
     trainer_start(t, open);
     if (t->options.eval_only) {
         double val_loss, accuracy;
-        evaluate(t, &val_loss, &accuracy);
-        status = t->val_sequences > 0 && !isfinite(val_loss);
+        status = evaluate(t, &val_loss, &accuracy) ? 0 : 1;
         if (t->options.sample_every.count > 0) { sample(t); }
     } else {
         stop_on_signals();

@@ -143,15 +143,18 @@ def noise_columns(tokens: float, rng: np.random.Generator) -> dict[str, float]:
     return columns
 
 
-def write_run(folder: Path, config: dict[str, object] | None = None, **options: float) -> Path:
-    """An Invented run with these options; config: what differs in its config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    run = Invented(**options)
-    rows = list(run.rows())
+def write_log(folder: Path, rows: list[dict[str, object]]) -> None:
     with (folder / "log.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_run(folder: Path, config: dict[str, object] | None = None, **options: float) -> Path:
+    """An Invented run with these options; config: what differs in its config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Invented(**options)
+    write_log(folder, list(run.rows()))
     (folder / "config.json").write_text(json.dumps(run.config() | (config or {})))
     return folder
 
@@ -580,10 +583,7 @@ def test_honest(folder: Path) -> None:
         run = write_run(folder / "b" / name, seed=int(name[-1]), shift=0.01 * int(name[-1]), done=done)
         rows = list(csv.DictReader((run / "log.csv").open()))
         rows[0]["dt"] = "20"
-        with (run / "log.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_log(run, rows)
     check(compare(read_all([folder / "b"])).disturbed == "", "a slow start is no disturbance")
 
 
@@ -603,10 +603,7 @@ def test_noise_figures(folder: Path) -> None:
             row[f"gns/{group}/trsigma"] = repr(size * noise) if measured else ""
     wild = max(i for i in range(len(rows)) if i % 8 == 0)
     rows[wild]["gns/ln/gtg"] = repr(1e-3 * float(rows[wild]["gns/ln/gtg"]))
-    with (run / "log.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_log(run, rows)
     (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | {"gns-tau": 2e4}))
     e = read_all([run])
     fit = figures.layernorm_fit(e)

@@ -91,11 +91,13 @@ static pid_t start_piped_run(BackendOpen open, const char* line, const int* pipe
 
 static pid_t start_run(BackendOpen open, const char* line) { return start_piped_run(open, line, NULL); }
 
-// Its exit status, or 128 + the signal that ended it.
+// A child's exit status, or 128 + the signal that ended it.
+static int exit_status(int status) { return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status); }
+
 static int end_run(pid_t pid) {
     int status = 0;
     waitpid(pid, &status, 0);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    return exit_status(status);
 }
 
 static int run_with(BackendOpen open, const char* line) { return end_run(start_run(open, line)); }
@@ -501,9 +503,7 @@ static void very_slow_open(Backend* backend, const GPTConfig* config, const Back
 static int end_soon(pid_t pid) {
     int status;
     for (int i = 0; i < 3000; i++) {
-        if (waitpid(pid, &status, WNOHANG) == pid) {
-            return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-        }
+        if (waitpid(pid, &status, WNOHANG) == pid) { return exit_status(status); }
         usleep(10 * 1000);
     }
     kill(pid, SIGKILL);

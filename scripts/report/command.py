@@ -4,12 +4,13 @@ import shlex
 
 from .runs import Run
 
-# Options that the trainer refuses without another one, or that follow from it.
+# Options that the trainer refuses without another one.
 NEEDS = {
     "batch-schedule": ("batch-min batch-max batch-may-fall gns-scale gns-power gns-calibration gns-freeze".split()),
     "val-data": ["val-tokens"],
     "sample-every": ["sample-length", "prompt", "temperature", "top-k"],
 }
+# What follows from an option, and contradicts it if both are given.
 FOLLOWS = {
     "max-steps": "max-tokens",
     "tokens-per-param": "max-tokens",

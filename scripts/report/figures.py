@@ -547,7 +547,7 @@ def phase_figure(experiment: Experiment, _: Results) -> Figure | None:
         if components is None:
             continue
         both = fraction_ema(components, tau)
-        size = np.exp(token_ema(components.tokens, np.log(components.m), tau))
+        size = np.exp(token_ema(components.tokens, np.log(components.m), tau)[0])
         good = (both.gtg > 0) & (both.trsigma > 0)
         if good.any():
             paths[group] = thin((size * both.gtg)[good], (size * both.trsigma)[good])

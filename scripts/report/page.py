@@ -74,8 +74,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Se
 def arms_table(experiment: Experiment) -> str:
     names = "arm, what, peak rate, finished, steps, mean batch, tokens, device time, final loss, s.d."
     return table(names.split(", "), [arm_row(arm) for arm in experiment.arms], (1,)) + paragraph(
-        "Finished: of the runs that have begun. The other numbers are means over the finished runs (over those that have "
-        "begun where none has finished). Peak rate: of the learning rate; mean batch in sequences; "
+        "Finished: of the runs that have begun. The other numbers are means over the finished runs (over those that "
+        "have begun where none has finished). Peak rate: of the learning rate; mean batch in sequences; "
         "device time is the sum of dt over the steps, without evaluations and checkpoints; final loss is the "
         "validation loss, in nats per token, after the last step; s.d. is its standard deviation over the seeds."
     )
@@ -133,9 +133,9 @@ def sweep_section(sweep: Sweep | None) -> str:
         "Finished runs only. The best rate of an arm is the peak learning rate with the lowest mean final loss of "
         "those that were run, "
         "among the rates with the most seeds (of equal means the lower one); in parentheses, seeds of rates with "
-        "fewer. The best constant batch is chosen in the same way, after the fact, among the arms of constant batch that "
-        "have the most seeds, each at its best rate. Difference: final loss at the arm's best rate less that of the best constant batch at "
-        "its own, in nats per token, negative where the arm is better: mean over the n seeds that both have finished, "
+        "fewer. The best constant batch is chosen in the same way, after the fact, among the arms of constant batch "
+        "that have the most seeds, each at its best rate. Difference: final loss at the arm's best rate less that of "
+        "the best constant batch at its own, in nats per token, negative where the arm is better: mean over the n seeds that both have finished, "
         "with its 95% t interval. Choosing the lowest of several means flatters arms with many rates a little. Where "
         "the best rate is the lowest or the highest run, a better one may lie beyond; an arm with one rate is not "
         "tuned."
@@ -275,7 +275,7 @@ def commands_section(experiment: Experiment) -> str:
 
 def page(experiment: Experiment, results: Results, pictures: Sequence[Picture]) -> str:
     title = html.escape(f"{experiment.name}: report of {'a run' if experiment.is_single else 'an experiment'}")
-    remarks = "".join(f"<li>{html.escape(text)}</li>" for text in notes(experiment))
+    remarks = "".join(f"<li>{html.escape(text)}</li>" for text in [*notes(experiment), results.disturbed] if text)
     final = final_table(experiment, results)
     parts = [
         f"<h1>{title}</h1>",

@@ -197,7 +197,6 @@ def notes(experiment: Experiment) -> list[str]:
         (experiment.unknown, "Left out, as plan.json does not have them: ", "."),
     ):
         found += [before + listed(names) + after] if names else []
-    found += [text] if (text := disturbed(experiment)) else []
     for run in runs:
         skipped = int(np.nansum(run.column("skipped") != 0)) if "skipped" in run.log.columns else 0
         found += [f"{run.folder} skipped the update of {skipped} steps."] if skipped else []
