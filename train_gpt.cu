@@ -39,7 +39,7 @@ typedef struct {
     floatX* norm1;                                    // (B, T, C) the first LayerNorm's output; not kept: scratch
     floatX* qkv;                                      // (B, T, 3, NH, HS)
     floatX* att;                                      // (B, T, C) attention's output before its projection
-    floatX* att_remainder;                            // (B, T, C) what rounding took from it; NULL in fp32
+    int8_t* att_remainder;                            // (B, T, C) what rounding took from it; NULL in fp32
     floatX* residual_mid;                             // (B, T, C) the residual stream between attention and MLP
     floatX* norm2;                                    // (B, T, C) the second LayerNorm's output; not kept: scratch
     floatX* fch;                                      // (B, T, 4C) before GELU

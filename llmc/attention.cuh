@@ -20,12 +20,12 @@ dq has a kernel of its own, which computes the scores once more: seven products 
 
 This file chooses among them and launches.
 
-In bf16 the forward pass also keeps what rounding took from out, as `remainder`, for do_i . o_i alone. With the rounded o_i the
-rows of ds do not add up to zero: every key's score gets a wrong gradient of one sign, which does not average out where the keys
-have much in common, and a run at a high learning rate can explode (Qiu & Yao 2025, arXiv 2510.04212; the README has a
-measurement of ours).
+In bf16 the forward pass also keeps what rounding took from out, as `remainder`, in a byte each, for do_i . o_i alone. With the
+rounded o_i the rows of ds do not add up to zero: every key's score gets a wrong gradient of one sign, which does not average out
+where the keys have much in common, and a run at a high learning rate can explode (Qiu & Yao 2025, arXiv 2510.04212; the README
+has a measurement of ours).
 
-Bytes: forward reads qkv and writes out and remainder, B*T*C * 5 activations, plus lse; backward reads qkv twice, dout three times
+Bytes: forward reads qkv and writes out and remainder, B*T*C * 4.5 activations, plus lse; backward reads qkv twice, dout three times
 and out and remainder once, and writes dqkv. Floor: the products, 4*B*NH*T*T*HS/2 operations forward and 2.5 times that backward
 (the seven products make 3.5).
 
@@ -115,9 +115,10 @@ static inline AttentionInput attention_input(const floatX* qkv, void* scratch, c
     return in;
 }
 
-// out (B, T, NH, HS); for the backward pass remainder (B, T, NH, HS), what rounding took from out, or NULL, and lse (B, NH, T),
-// the log of the sum of exponentials; qkv (B, T, 3, NH, HS). In fp32 remainder is not written.
-static inline void attention_forward(floatX* out, floatX* remainder, float* lse, const floatX* qkv, void* scratch,
+// out (B, T, NH, HS); for the backward pass remainder (B, T, NH, HS), what rounding took from out in units of 2^-8 of its last
+// place, aligned to 16 bytes, or NULL, and lse (B, NH, T), the log of the sum of exponentials; qkv (B, T, 3, NH, HS). In fp32
+// remainder is not written.
+static inline void attention_forward(floatX* out, int8_t* remainder, float* lse, const floatX* qkv, void* scratch,
                                      const Attention& a, cudaStream_t stream) {
     const AttentionInput in = attention_input(qkv, scratch, a, stream);
 #ifndef PRECISION_FP32
@@ -131,7 +132,7 @@ static inline void attention_forward(floatX* out, floatX* remainder, float* lse,
 
 // dqkv (B, T, 3, NH, HS), not over qkv: gradient at qkv (B, T, 3, NH, HS); dout, out (B, T, NH, HS); remainder (B, T, NH, HS) or
 // NULL: then delta is that of the rounded out; lse (B, NH, T)
-static inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* remainder,
+static inline void attention_backward(floatX* dqkv, const floatX* dout, const floatX* out, const int8_t* remainder,
                                       const float* lse, const floatX* qkv, void* scratch, const Attention& a,
                                       cudaStream_t stream) {
     const size_t tokens = (size_t)a.B * a.T;

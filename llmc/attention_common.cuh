@@ -41,9 +41,17 @@ __device__ __forceinline__ unsigned pack_bf16(float a, float b) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
     return *reinterpret_cast<const unsigned*>(&pair);
 }
-// What that takes from a and b, itself as bf16.
+// What that takes from a and b, in units of 2^-8 of their last places, from -128 to 127 (a tie upwards, 128, too), in two bytes, a
+// in the lower.
 __device__ __forceinline__ unsigned pack_remainders(float a, float b) {
-    return pack_bf16(a - (float)(__nv_bfloat16)a, b - (float)(__nv_bfloat16)b);
+    const unsigned rounded = pack_bf16(a, b);
+    const int of_a = (int)(__float_as_uint(a) - (rounded << 16)),
+              of_b = (int)(__float_as_uint(b) - (rounded & ~0xffffu));
+    return (min((of_a + 128) >> 8, 127) & 0xff) | (min((of_b + 128) >> 8, 127) & 0xff) << 8;
+}
+// The number before it was rounded, to 16 significant bits.
+__device__ __forceinline__ float unrounded(floatX rounded, int8_t remainder) {
+    return __uint_as_float(((unsigned)__bfloat16_as_ushort(rounded) << 16) + ((unsigned)(int)remainder << 8));
 }
 
 #endif
@@ -67,20 +75,38 @@ __device__ __forceinline__ float quad_dot(const floatX* a, const floatX* b, int 
     return quad_sum(sum);
 }
 
-// dout . (out + remainder) (HS) over the row's four lanes, in each of them; 0 where not valid. remainder: or NULL
-__device__ __forceinline__ float quad_delta(const floatX* dout, const floatX* out, const floatX* remainder, int HS,
-                                            bool valid) {
-    const float delta = quad_dot(dout, out, HS, valid);
-    return remainder != NULL ? delta + quad_dot(dout, remainder, HS, valid) : delta;
+// dout . (out and its remainder) of the row (HS) at `at` over its four lanes, in each of them; 0 where not valid. remainder: or
+// NULL
+__device__ __forceinline__ float quad_delta(const floatX* dout, const floatX* out, const int8_t* remainder, size_t at,
+                                            int HS, bool valid) {
+    dout += at;
+    out += at;
+#ifdef PRECISION_FP32
+    (void)remainder;
+    return quad_dot(dout, out, HS, valid);
+#else
+    if (remainder == NULL) { return quad_dot(dout, out, HS, valid); }
+    remainder += at;
+    float sum = 0;
+    for (int i = threadIdx.x % 4 * 8; valid && i < HS; i += 4 * 8) {
+        const Vec16<floatX> x = load16(dout + i), y = load16(out + i);
+        const uint2 bytes = *reinterpret_cast<const uint2*>(remainder + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            sum += (float)x[j] * unrounded(y[j], (int8_t)((j < 4 ? bytes.x : bytes.y) >> j % 4 * 8));
+        }
+    }
+    return quad_sum(sum);
+#endif
 }
 
 // delta (B, NH, T) of each head; dout, out, remainder (B, T, NH, HS)
 static __global__ __launch_bounds__(256) void attention_delta_kernel(float* delta, const floatX* dout,
-                                                                     const floatX* out, const floatX* remainder, int B,
+                                                                     const floatX* out, const int8_t* remainder, int B,
                                                                      int T, int NH, int HS) {
-    const size_t row = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 4, at = row * HS;
+    const size_t row = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 4;
     const bool valid = row < (size_t)B * T * NH;
-    const float sum = quad_delta(dout + at, out + at, remainder != NULL ? remainder + at : NULL, HS, valid);
+    const float sum = quad_delta(dout, out, remainder, row * HS, HS, valid);
     if (valid && threadIdx.x % 4 == 0) {
         const size_t token = row / NH, b = token / T;
         delta[(b * NH + row % NH) * T + token % T] = sum;

@@ -53,7 +53,7 @@ template <int HS> __device__ __forceinline__ void store_row(float* row, const fl
 
 // out (B, T, NH, HS), lse (B, NH, T); out is not rounded. One block of threads for 32 queries of a head, the longest first.
 template <int HS>
-__global__ __launch_bounds__(256, 2) void attention_forward_kernel(float* out, float* /* remainder */, float* lse,
+__global__ __launch_bounds__(256, 2) void attention_forward_kernel(float* out, int8_t* /* remainder */, float* lse,
                                                                    AttentionInput in) {
     constexpr int LD = Fp32Block<HS>::LD, TILE = 32;
     extern __shared__ float shared[];

@@ -53,9 +53,8 @@ __device__ __forceinline__ void quad_transpose(unsigned (&w)[4]) {
     }
 }
 
-// The warpgroup's rows first .. first + 63, times the factors of rows l / 4 and l / 4 + 8, to x (T, HS in rows of stride); with
-// REMAINDERS what rounding would take from them.
-template <int HS, bool REMAINDERS = false>
+// The warpgroup's rows first .. first + 63, times the factors of rows l / 4 and l / 4 + 8, to x (T, HS in rows of stride).
+template <int HS>
 __device__ __forceinline__ void store_sums(floatX* x, size_t stride, const float (&sum)[HS / 2],
                                            const float (&factor)[2], int first, int T) {
     const int lane = threadIdx.x % WARP;
@@ -69,13 +68,40 @@ __device__ __forceinline__ void store_sums(floatX* x, size_t stride, const float
 #pragma unroll
             for (int n = 0; n < 4; n++) {
                 const int i = column / 2 + n * 4 + half * 2;
-                const float a = sum[i] * factor[half], b = sum[i + 1] * factor[half];
-                w[n] = REMAINDERS ? pack_remainders(a, b) : pack_bf16(a, b);
+                w[n] = pack_bf16(sum[i] * factor[half], sum[i + 1] * factor[half]);
             }
             quad_transpose(w);
             if (t < T) {
                 *reinterpret_cast<uint4*>(x + (size_t)t * stride + column + lane % 4 * 8) =
                     make_uint4(w[0], w[1], w[2], w[3]);
+            }
+        }
+    }
+}
+
+// What store_sums takes from them by rounding, to x (T, HS in rows of stride).
+template <int HS>
+__device__ __forceinline__ void store_remainders(int8_t* x, size_t stride, const float (&sum)[HS / 2],
+                                                 const float (&factor)[2], int first, int T) {
+    const int lane = threadIdx.x % WARP;
+    first += threadIdx.x % WARPGROUP / WARP * 16 + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int t = first + half * 8;
+#pragma unroll
+        for (int column = 0; column < HS; column += 64) {
+            unsigned w[4]; // of this half of the columns and, in the upper bits, of the other one
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const int i = column / 2 + n * 4 + half * 2, j = i + 16;
+                w[n] = pack_remainders(sum[i] * factor[half], sum[i + 1] * factor[half]) |
+                       pack_remainders(sum[j] * factor[half], sum[j + 1] * factor[half]) << 16;
+            }
+            quad_transpose(w);
+            if (t < T) {
+                uint2* row = reinterpret_cast<uint2*>(x + (size_t)t * stride + column + lane % 4 * 8);
+                row[0] = make_uint2(__byte_perm(w[0], w[1], 0x5410), __byte_perm(w[2], w[3], 0x5410));
+                row[4] = make_uint2(__byte_perm(w[0], w[1], 0x7632), __byte_perm(w[2], w[3], 0x7632));
             }
         }
     }
@@ -253,7 +279,7 @@ forward_tiles(float (&o)[Shape::HS / 2], ForwardRows& rows, ForwardShared<Shape>
 // The warpgroup's rows first .. first + 63 of a head: out and remainder (B, T, NH, HS), lse (B, NH, T) from what forward_tiles
 // left
 template <class Shape>
-__device__ __forceinline__ void forward_store(floatX* out, floatX* remainder, float* lse,
+__device__ __forceinline__ void forward_store(floatX* out, int8_t* remainder, float* lse,
                                               const float (&o)[Shape::HS / 2], const ForwardRows& rows, int bh,
                                               int first, int T, int NH, float scale) {
     const size_t stride = (size_t)NH * Shape::HS, at = (size_t)(bh / NH) * T * stride + bh % NH * Shape::HS;
@@ -266,11 +292,11 @@ __device__ __forceinline__ void forward_store(floatX* out, floatX* remainder, fl
         if (threadIdx.x % 4 == 0 && t < T) { lse[(size_t)bh * T + t] = rows.top[half] * scale + logf(sum); }
     }
     store_sums<Shape::HS>(out + at, stride, o, inverse, first, T);
-    if (remainder != NULL) { store_sums<Shape::HS, true>(remainder + at, stride, o, inverse, first, T); }
+    if (remainder != NULL) { store_remainders<Shape::HS>(remainder + at, stride, o, inverse, first, T); }
 }
 
 template <class Shape>
-__device__ __forceinline__ void forward_compute(ForwardShared<Shape>& shared, floatX* out, floatX* remainder,
+__device__ __forceinline__ void forward_compute(ForwardShared<Shape>& shared, floatX* out, int8_t* remainder,
                                                 float* lse, int T, int NH, float scale) {
     const int warpgroup = uniform(threadIdx.x / WARPGROUP) - 1;
     RingPlace<Shape::Q_BUFFERS> buffer = {0, 0};
@@ -304,7 +330,7 @@ __device__ __forceinline__ void forward_compute(ForwardShared<Shape>& shared, fl
 // out, remainder (B, T, NH, HS), lse (B, NH, T); next: 0
 template <class Shape>
 __global__ __launch_bounds__(Shape::THREADS,
-                             1) void attention_forward_hopper_kernel(floatX* out, floatX* remainder, float* lse,
+                             1) void attention_forward_hopper_kernel(floatX* out, int8_t* remainder, float* lse,
                                                                      const __grid_constant__ ForwardMaps maps,
                                                                      int* next, int T, int NH, int blocks,
                                                                      float scale) {
@@ -336,7 +362,7 @@ __global__ __launch_bounds__(Shape::THREADS,
 }
 
 template <class Shape>
-static void attention_forward_hopper_launch(floatX* out, floatX* remainder, float* lse, const AttentionInput& in,
+static void attention_forward_hopper_launch(floatX* out, int8_t* remainder, float* lse, const AttentionInput& in,
                                             void* scratch, const Attention& a, cudaStream_t stream) {
     const auto kernel = attention_forward_hopper_kernel<Shape>;
     const int tiles = div_up(a.T, (int)FORWARD_TILE), blocks = div_up(tiles, Shape::WARPGROUPS) * a.B * a.NH;
@@ -356,7 +382,7 @@ static void attention_forward_hopper_launch(floatX* out, floatX* remainder, floa
 }
 
 // attention_forward (attention.cuh) from in on. scratch: 4 bytes
-static inline void attention_forward_hopper(floatX* out, floatX* remainder, float* lse, const AttentionInput& in,
+static inline void attention_forward_hopper(floatX* out, int8_t* remainder, float* lse, const AttentionInput& in,
                                             void* scratch, const Attention& a, cudaStream_t stream) {
     const auto launch = a.HS == 64 ? attention_forward_hopper_launch<HopperForward<64>>
                                    : attention_forward_hopper_launch<HopperForward<128>>;

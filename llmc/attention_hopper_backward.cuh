@@ -39,14 +39,14 @@ static inline size_t attention_backward_hopper_statistics_bytes(const Attention&
 // threads for each record, four lanes to a query. Queries past T get an infinite lse: their probabilities are zero.
 template <int HS>
 __global__ __launch_bounds__(4 * BACKWARD_TILE) void attention_backward_hopper_statistics_kernel(
-    float* statistics, const floatX* dout, const floatX* out, const floatX* remainder, const float* lse, int T,
+    float* statistics, const floatX* dout, const floatX* out, const int8_t* remainder, const float* lse, int T,
     int NH) {
     const int tiles = div_up(T, (int)BACKWARD_TILE), row = threadIdx.x / 4;
     const int h = blockIdx.x % NH, tile = blockIdx.x / NH % tiles, b = blockIdx.x / NH / tiles;
     const int t = tile * BACKWARD_TILE + row;
     const bool valid = t < T;
     const size_t head = (size_t)b * NH + h, at = valid ? (((size_t)b * T + t) * NH + h) * HS : 0;
-    const float delta = quad_delta(dout + at, out + at, remainder != NULL ? remainder + at : NULL, HS, valid);
+    const float delta = quad_delta(dout, out, remainder, at, HS, valid);
     if (threadIdx.x % 4 == 0) {
         float* record = statistics + (head * tiles + tile) * BACKWARD_RECORD + row;
         record[0] = valid ? lse[head * T + t] * LOG2E : INFINITY;
@@ -369,7 +369,7 @@ static void attention_backward_hopper_launch(floatX* dqkv, const float* statisti
 }
 
 template <int HS>
-static void attention_backward_hopper_head(floatX* dqkv, const floatX* dout, const floatX* out, const floatX* remainder,
+static void attention_backward_hopper_head(floatX* dqkv, const floatX* dout, const floatX* out, const int8_t* remainder,
                                            const float* lse, const AttentionInput& in, float* statistics,
                                            const Attention& a, cudaStream_t stream) {
     const int records = a.B * a.NH * div_up(a.T, (int)BACKWARD_TILE);
@@ -388,7 +388,7 @@ static void attention_backward_hopper_head(floatX* dqkv, const floatX* dout, con
 // attention_backward (attention.cuh) up to the gradients at in.q, in.k and in.v. scratch:
 // attention_backward_hopper_statistics_bytes(a), aligned to 16 bytes
 static inline void attention_backward_hopper(floatX* dqkv, const floatX* dout, const floatX* out,
-                                             const floatX* remainder, const float* lse, const AttentionInput& in,
+                                             const int8_t* remainder, const float* lse, const AttentionInput& in,
                                              void* scratch, const Attention& a, cudaStream_t stream) {
     const auto head = a.HS == 64 ? attention_backward_hopper_head<64> : attention_backward_hopper_head<128>;
     head(dqkv, dout, out, remainder, lse, in, (float*)scratch, a, stream);

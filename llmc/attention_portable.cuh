@@ -161,32 +161,38 @@ __device__ __forceinline__ void accumulate(float (&acc)[MT][HS / 8][4], const fl
 }
 
 // A warp's rows, times factor[m][half] for rows m * 16 + half * 8 + lane / 4, to x (T, HS in rows of stride) from row first on;
-// with REMAINDERS what rounding would take from them. stage: MT * 16 rows of shared memory that no other warp uses.
-template <int HS, int MT, bool REMAINDERS = false>
-__device__ __forceinline__ void store_rows(floatX* x, size_t stride, const float (&acc)[MT][HS / 8][4],
+// with bytes for Elements what rounding would take from them. stage: MT * 16 rows of shared memory that no other warp uses.
+template <int HS, int MT, class Element>
+__device__ __forceinline__ void store_rows(Element* x, size_t stride, const float (&acc)[MT][HS / 8][4],
                                            const float (&factor)[MT][2], floatX* stage, int first, int T) {
-    constexpr int UNITS = HS / 8;
+    constexpr int PAIR = 2 * sizeof(Element), UNITS = HS * sizeof(Element) / 16; // bytes, units of 16 bytes in a row
     const int lane = threadIdx.x % WARP;
+    auto stage_row = [&](int r) { return reinterpret_cast<unsigned char*>(stage + r * padded_row<HS>()); };
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            floatX* row = stage + (m * 16 + half * 8 + lane / 4) * padded_row<HS>() + lane % 4 * 2;
+            unsigned char* row = stage_row(m * 16 + half * 8 + lane / 4) + lane % 4 * PAIR;
             const float f = factor[m][half];
 #pragma unroll
             for (int n = 0; n < HS / 8; n++) {
                 const float a = acc[m][n][2 * half] * f, b = acc[m][n][2 * half + 1] * f;
-                *reinterpret_cast<unsigned*>(row + n * 8) = REMAINDERS ? pack_remainders(a, b) : pack_bf16(a, b);
+                if (sizeof(Element) == 1) {
+                    *reinterpret_cast<unsigned short*>(row + n * 4 * PAIR) = (unsigned short)pack_remainders(a, b);
+                } else {
+                    *reinterpret_cast<unsigned*>(row + n * 4 * PAIR) = pack_bf16(a, b);
+                }
             }
         }
     }
     __syncwarp();
 #pragma unroll
     for (int i = lane; i < MT * 16 * UNITS; i += WARP) {
-        const int r = i / UNITS, unit = i % UNITS * 8;
+        const int r = i / UNITS, unit = i % UNITS * 16;
         if (first + r < T) {
-            store16(x + (size_t)(first + r) * stride + unit, load16(stage + r * padded_row<HS>() + unit));
+            unsigned char* row = reinterpret_cast<unsigned char*>(x + (size_t)(first + r) * stride);
+            *reinterpret_cast<uint4*>(row + unit) = *reinterpret_cast<const uint4*>(stage_row(r) + unit);
         }
     }
 }
@@ -325,7 +331,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[MT][N / 8][4], int row, i
 
 // out, remainder (B, T, NH, HS), lse (B, NH, T). One block of threads for ROWS queries of a head, the longest first.
 template <int HS>
-__global__ __launch_bounds__(128, 2) void attention_forward_kernel(floatX* out, floatX* remainder, float* lse,
+__global__ __launch_bounds__(128, 2) void attention_forward_kernel(floatX* out, int8_t* remainder, float* lse,
                                                                    AttentionInput in) {
     typedef ForwardBlock<HS> Block;
     constexpr int MT = Block::MT, TILE = Block::TILE, LD = padded_row<HS>();
@@ -380,7 +386,7 @@ __global__ __launch_bounds__(128, 2) void attention_forward_kernel(floatX* out, 
     const size_t at = rows.token * rows.C + rows.h * HS;
     floatX* stage = q_tile + rows.warp_row * LD;
     store_rows<HS, MT>(out + at, rows.C, acc, inverse, stage, first, T);
-    if (remainder != NULL) { store_rows<HS, MT, true>(remainder + at, rows.C, acc, inverse, stage, first, T); }
+    if (remainder != NULL) { store_rows<HS, MT>(remainder + at, rows.C, acc, inverse, stage, first, T); }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

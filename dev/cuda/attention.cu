@@ -109,7 +109,9 @@ static Head head_with_reference(const Attention& a, const std::vector<floatX>& q
 }
 
 struct Result {
-    std::vector<floatX> out, remainder, dqkv;
+    std::vector<floatX> out;
+    std::vector<int8_t> remainder;
+    std::vector<floatX> dqkv;
     std::vector<float> lse;
 };
 
@@ -117,7 +119,7 @@ static Result run_once(const Attention& a, const std::vector<floatX>& qkv, const
                        bool keep_remainder = sizeof(floatX) == 2) {
     floatX *d_qkv = device_copy(qkv), *d_dout = device_copy(dout);
     floatX *out = device_alloc<floatX>(dout.size()), *dqkv = device_alloc<floatX>(qkv.size());
-    floatX* remainder = keep_remainder ? device_alloc<floatX>(dout.size()) : NULL;
+    int8_t* remainder = keep_remainder ? device_alloc<int8_t>(dout.size()) : NULL;
     float* lse = device_alloc<float>((size_t)a.B * a.NH * a.T);
     char* scratch = device_alloc<char>(attention_scratch_bytes(a));
     attention_forward(out, remainder, lse, d_qkv, scratch, a, 0);
@@ -231,6 +233,17 @@ static void check_attention(int B, int T, int NH, int HS, bool cosine, double st
     if (attention_on_hopper({B, T, NH, HS, 1, cosine})) { check_version(B, T, NH, HS, cosine, std, false); }
 }
 
+// unrounded() of attention_common.cuh, in plain words: the byte counts units of 2^-8 of the last place of bf16.
+static float unrounded_on_host(floatX rounded, int8_t remainder) {
+    const float x = to_float(rounded);
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits += remainder * 256;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
 // Queries of zero weigh all keys alike, and 1 is exact in bf16: out and its remainder together are right to more digits than bf16
 // has. 2e-5: the remainder's own rounding and sums of T numbers in fp32.
 static void check_remainder_itself(const Attention& a, std::vector<floatX> qkv, const std::vector<floatX>& dout,
@@ -241,7 +254,7 @@ static void check_remainder_itself(const Attention& a, std::vector<floatX> qkv, 
     std::vector<float> whole(r.out.size());
     std::vector<double> ref(r.out.size());
     for (size_t i = 0; i < whole.size(); i++) {
-        whole[i] = (float)((double)to_float(r.out[i]) + (double)to_float(r.remainder[i]));
+        whole[i] = (float)((double)unrounded_on_host(r.out[i], r.remainder[i]));
         const size_t t = i / C, start = t / (size_t)a.T * (size_t)a.T; // the mean of v over this token and those before
         ref[i] = t == start ? 0 : ref[i - C] * (double)(t - start);
         ref[i] = (ref[i] + (double)to_float(qkv[t * 3 * C + 2 * C + i % C])) / (double)(t - start + 1);
@@ -312,7 +325,8 @@ static void time_version(const Attention& a, double (&us)[2]) {
     const size_t N = (size_t)a.B * a.T * a.NH * a.HS, rows = (size_t)a.B * a.NH * a.T;
     const int sets = buffer_sets(8 * N * sizeof(floatX));
     const std::vector<floatX> values = random_normal<floatX>((size_t)1 << 22, 0, 1, 5);
-    std::vector<floatX*> qkv, out, remainder, dout, dqkv;
+    std::vector<floatX*> qkv, out, dout, dqkv;
+    std::vector<int8_t*> remainder;
     std::vector<float*> lse;
     auto filled = [&](size_t n) {
         floatX* p = device_alloc<floatX>(n);
@@ -326,7 +340,7 @@ static void time_version(const Attention& a, double (&us)[2]) {
         qkv.push_back(filled(3 * N));
         dout.push_back(filled(N));
         out.push_back(device_alloc<floatX>(N));
-        remainder.push_back(device_alloc<floatX>(N));
+        remainder.push_back(device_alloc<int8_t>(N));
         dqkv.push_back(device_alloc<floatX>(3 * N));
         lse.push_back(device_alloc<float>(rows));
     }
@@ -340,7 +354,8 @@ static void time_version(const Attention& a, double (&us)[2]) {
         attention_backward(dqkv[s], dout[s], out[s], remainder[s], lse[s], qkv[s], scratch, a, 0);
     });
     for (int i = 0; i < sets; i++) {
-        for (floatX* p : {qkv[i], out[i], remainder[i], dout[i], dqkv[i]}) { cuda_check(cudaFree(p)); }
+        for (floatX* p : {qkv[i], out[i], dout[i], dqkv[i]}) { cuda_check(cudaFree(p)); }
+        cuda_check(cudaFree(remainder[i]));
         cuda_check(cudaFree(lse[i]));
     }
     cuda_check(cudaFree(scratch));
