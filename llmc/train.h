@@ -110,6 +110,17 @@ static inline void stop_on_signals(void) {
     if (before.sa_handler != SIG_IGN) { sigaction(SIGHUP, &action, NULL); } // nohup
 }
 
+// A token file is read through memory, so one that is cut short meanwhile is found out by a signal, at no place in particular.
+static inline void lost_file_handler(int number) {
+    static const char message[] =
+        "error: a token file can no longer be read: it was cut short during the run, or its disk fails; "
+        "put it back, and go on from the last checkpoint with --resume 1\n";
+    (void)number;
+    ssize_t ignored = write(STDERR_FILENO, message, sizeof message - 1);
+    (void)ignored;
+    _exit(2);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Before the backend: everything that can be wrong with a command is found here, before anything is written or computed;
 // of the training data's tokens, which can be many, those of the first step or more
@@ -697,6 +708,7 @@ static inline int train_main(int argc, char** argv, BackendOpen open) {
     const double start = seconds_now();
     int status = 0;
     options_parse(argc, argv, &t->options);
+    signal(SIGBUS, lost_file_handler);
     trainer_prepare(t);
     if (t->options.dry_run) {
         status = dry_run(&t->plan, &t->options);

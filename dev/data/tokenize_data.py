@@ -301,9 +301,9 @@ def tokenize(sources: list[Source], vocabulary: Vocabulary, prefix: Path, shard_
         "sources": [asdict(source) | {"path": Path(source.path).name} for source in sources],
     }
     with Shards(prefix, settings, vocabulary.size, shard_tokens) as shards:
-        write_tokenizer(vocabulary, prefix.with_name(prefix.name + "_tokenizer.bin"))
         if not shards.complete:
             encode_into(shards, [piece for source in sources for piece in pieces_of(source)], vocabulary, processes)
+        write_tokenizer(vocabulary, prefix.with_name(prefix.name + "_tokenizer.bin"))
         summarize(shards)
 
 

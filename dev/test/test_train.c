@@ -576,6 +576,18 @@ static void test_hang_up(void) {
     signal(SIGHUP, SIG_DFL);
 }
 
+// Data that is overwritten in place while a run reads it.
+static void test_data_cut_short(void) {
+    make_tokens("cut.bin", 4001, 16);
+    CHECK(run(ENDLESS "-i cut.bin -o cut -x 5") == 0);
+    pid_t pid = start_run(slow_open, ENDLESS "-i cut.bin -o cut -y 1");
+    CHECK(wait_for("stdout", "\nstep "));
+    CHECK(truncate(in_folder("cut.bin"), 0) == 0);
+    CHECK(end_soon(pid) == 2 && said("stderr", "error: a token file can no longer be read"));
+    make_tokens("cut.bin", 4001, 16);
+    CHECK(run(ENDLESS "-i cut.bin -o cut -x 9 -y 1") == 0);
+}
+
 static void test_resume_must_fit(void) {
     CHECK(run(TOY "-d 64 -x 5 -o fit") == 0);
     make_tokens("other.bin", 2001, 16);
@@ -1006,6 +1018,7 @@ int main(void) {
     RUN(test_second_signal);
     RUN(test_reader_goes_away);
     RUN(test_hang_up);
+    RUN(test_data_cut_short);
     RUN(test_resume_must_fit);
     RUN(test_output_is_locked);
     RUN(test_output_is_protected);
