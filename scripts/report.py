@@ -11,7 +11,8 @@ An experiment's page says, with 95% intervals over the seeds, what each arm save
 its final loss is beside that of fixed, of the ramp's mean batch and of the best constant one. What the numbers mean
 stands beside them, and at the top of scripts/report/savings.py how they are computed. Where an interval includes 0, the
 page says so. Where arms were run at several peak learning rates (<arm>@lr<x>), each is also compared with the best
-constant batch with both at their own best rate: scripts/report/sweep.py.
+constant batch with both at their own best rate: scripts/report/sweep.py. With --best-rates all that the page shows is
+of each arm at its best rate, under the arm's own name; FOLDER is then report-best-rates/.
 
 Needs scripts/requirements.txt. Exit status: 0; 2 with one line on stderr if something given is not what it should be.
 """
@@ -23,6 +24,7 @@ from report.captions import Caption, captions
 from report.page import Picture, page
 from report.results import compare
 from report.runs import Experiment, printable, read_all
+from report.sweep import at_best_rates
 from report.words import summary
 from gnslog import LogError, Parser, run  # of dev/, which the package report finds
 from gnsplot import save
@@ -49,8 +51,9 @@ def write_picture(name: str, figure: Figure, folder: Path, caption: Caption) -> 
     return Picture(caption, svg)
 
 
-def write_report(experiment: Experiment, folder: Path) -> None:
-    results = compare(experiment)
+def write_report(experiment: Experiment, swept: Experiment, folder: Path) -> None:
+    """swept: the experiment with all learning rates"""
+    results = compare(experiment, swept)
     words = captions(experiment, results)
     drawn: dict[str, Figure | None] = {}
     if experiment.is_single:
@@ -68,12 +71,14 @@ def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or of one experiment")
     parser.add_argument("-o", "--out", type=Path, metavar="FOLDER", help="where the report goes [RUN/report]")
+    parser.add_argument("--best-rates", action="store_true", help="of each arm, only its best learning rate")
     args = parser.parse_args()
-    experiment = read_all(args.runs)
+    swept = read_all(args.runs)
+    experiment = at_best_rates(swept) if args.best_rates else swept
     folder = args.out or experiment.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_report(experiment, folder)
+        write_report(experiment, swept, folder)
     except OSError as error:
         raise LogError(
             f"cannot write the report in '{folder}': {error.strerror}; choose another folder with --out"

@@ -42,6 +42,7 @@ from report.savings import (
     t_quantile,
     worth,
 )
+from report.sweep import at_best_rates
 from report.words import duration, saving_verdict, share
 from report.words import summary as summary_words
 from gnslog import GROUPS, LogError
@@ -548,6 +549,37 @@ def test_partial(folder: Path) -> None:
     )
 
 
+def test_best_rates(folder: Path) -> None:
+    """Of each arm one rate, and of the repetitions those of that rate."""
+    arms = {
+        "fixed": {},
+        "ramp": {"first_batch": 4},
+        "fixed@lr2e-3": {"scale": 0.98, "config": {"lr": 2e-3}},
+        "ramp@lr2e-3": {"first_batch": 4, "scale": 1.05, "config": {"lr": 2e-3}},
+        "ramp@lr5e-4": {"first_batch": 4, "scale": 0.9, "config": {"lr": 5e-4}},
+        "const1": {"batch": 4},
+        "fitted": {"budget": 0.8 * BUDGET},
+        "fittedramp@lr5e-4": {"first_batch": 4, "scale": 0.9, "budget": 0.8 * BUDGET, "config": {"lr": 5e-4}},
+    }
+    swept = invent(folder, arms)
+    e = at_best_rates(swept)
+    chosen = {arm.name: arm.first.folder.parent.name for arm in e.arms}
+    named = {name: name for name in ("const1", "fittedramp")} | {"ramp": "ramp@lr5e-4", "fixed": "fixed@lr2e-3"}
+    check(chosen == named | {"fittedramp": "fittedramp@lr5e-4"}, f"each at its best rate, under its own name: {chosen}")
+    results = compare(e, swept)
+    check(results.best_constant is e.reference and e.reference.rate == 2e-3, "the best constant batch is among them")
+    check([(f.arm.name, e.original(f.arm).name) for f in results.fitted] == [("fittedramp", "ramp")], "and repetitions")
+    check(len(results.sweep.families) == 3, "all rates are in the sweep")
+    done = report(folder, "--best-rates")
+    check(done.returncode == 0 and not (folder / "report").exists(), f"a folder of its own: {done.stderr}")
+    words = "Each arm is at its best peak learning rate: fixed 0.002, ramp 0.0005, const1 0.001 and fittedramp 0.0005."
+    check(words in " ".join(done.stdout.split()), f"expected '{words}' in '{done.stdout}'")
+    text = (folder / "report-best-rates/index.html").read_text()
+    check('<figure id="sweep"' in text and '<figure id="loss"' in text and "ramp@lr2e-3" not in text, "its page")
+    done = report(folder / "const1/seed1", "--best-rates")
+    check(done.returncode == 2 and "--best-rates: expected finished runs" in done.stderr, f"no rates: {done.stderr}")
+
+
 def test_honest(folder: Path) -> None:
     """What the page must not hide: disturbed times, lost losses, rates that differ, other recipes."""
     arms = {
@@ -928,8 +960,8 @@ def main() -> int:
         test_rate_axis,
     ):
         test()
-    in_folder = (test_reading, test_running, test_damaged, test_experiment, test_page, test_partial, test_honest)
-    for test in (*in_folder, test_noise_figures, test_sweep, test_sweep_seeds):
+    in_folder = (test_reading, test_running, test_damaged, test_experiment, test_page, test_partial)
+    for test in (*in_folder, test_best_rates, test_honest, test_noise_figures, test_sweep, test_sweep_seeds):
         with tempfile.TemporaryDirectory() as folder:
             test(Path(folder))
     with tempfile.TemporaryDirectory() as folder:

@@ -70,8 +70,9 @@ class Results:
     disturbed: str  # why device times cannot be compared; empty if nothing speaks against it
 
 
-def compare(experiment: Experiment) -> Results:
-    sweep = read_sweep(experiment)
+def compare(experiment: Experiment, swept: Experiment | None = None) -> Results:
+    """swept: where the experiment has only each arm's best rate, the one with all of them."""
+    sweep = read_sweep(swept or experiment)
     best, mean = best_constant(experiment, sweep), experiment.arm("mean")
     lines = reference_worth(experiment)
     results = []
@@ -112,7 +113,8 @@ def reference_repeats(experiment: Experiment) -> list[Arm]:
 def best_constant(experiment: Experiment, sweep: Sweep | None) -> Arm | None:
     """That of the sweep; or else over the seeds that all such arms have finished."""
     if sweep is not None:
-        return sweep.best_constant.best.arm if sweep.best_constant else None
+        rival = sweep.best_constant.best.arm if sweep.best_constant else None
+        return next((arm for arm in experiment.arms if rival and arm.runs is rival.runs), None)
     arms = [
         arm
         for arm in experiment.arms

@@ -189,6 +189,7 @@ class Experiment:
     seeds: list[int]  # as planned
     missing: list[str]  # runs that have not begun
     unknown: list[str]  # runs in the folder that the plan does not have
+    has_best_rates: bool = False  # of each arm, only its best learning rate: sweep.py
 
     @cached_property
     def reference(self) -> Arm:

@@ -10,10 +10,11 @@ A rate at an end of those that were run may have a better one beyond; an arm tha
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from gnslog import LogError
 
 from .runs import Arm, Experiment
 from .savings import NOTHING, Interval, t_interval
@@ -131,6 +132,27 @@ def read_sweep(experiment: Experiment) -> Sweep | None:
     if not any(family.is_tuned for family in families):
         return None
     return Sweep(families, best_of([family for family in families if family.is_constant]))
+
+
+def at_best_rates(experiment: Experiment) -> Experiment:
+    """Of each arm its best variant alone, under the arm's own name; and what repeats one of these on another budget."""
+    sweep = read_sweep(experiment)
+    if sweep is None:
+        raise LogError(
+            "--best-rates: expected finished runs of an arm at two peak learning rates or more, found none; leave it out, "
+            "or train some: chinchilla.py --lr-sweep"
+        )
+    best = {family.best.arm.name for family in sweep.families}
+    repeats = [(arm, experiment.original(arm)) for arm in experiment.arms]
+    arms = [arm for arm, original in repeats if arm.name in best or (original and original.name in best)]
+    names = {arm.name for arm in arms}
+    return replace(
+        experiment,
+        folder=experiment.folder.with_name("report-best-rates"),
+        arms=[replace(arm, name=arm.stem) for arm in arms],
+        missing=[run for run in experiment.missing if run.split("/")[0] in names],
+        has_best_rates=True,
+    )
 
 
 def variants(experiment: Experiment, name: str) -> list[Variant]:

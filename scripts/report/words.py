@@ -98,8 +98,13 @@ def describe_experiment(experiment: Experiment) -> str:
         f"{size(run)}{format_tokens(run.budget if math.isfinite(run.budget) else run.tokens[-1])} tokens; "
         f"{len(experiment.arms)} arms, {seeds} seed{'s' if seeds > 1 else ''}, {finished} of the {len(runs)} runs that "
         f"have begun are finished; {run.config.get('device', 'device unknown')}. Arms are "
-        f"compared with {experiment.reference.name} seed by seed; 95% intervals in brackets."
+        f"compared with {experiment.reference.name} seed by seed; 95% intervals in brackets.{best_rates(experiment)}"
     )
+
+
+def best_rates(experiment: Experiment) -> str:
+    rates = [f"{arm.name} {rate_name(arm.rate)}" for arm in experiment.arms]
+    return f" Each arm is at its best peak learning rate: {several(rates)}." if experiment.has_best_rates else ""
 
 
 def size(run: Run) -> str:
