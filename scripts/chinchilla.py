@@ -32,7 +32,8 @@ Arms, with A the ramp's first batch and B its last, the fixed one (--arms all is
     fall        linear from B to A. Steps are the integral of dt / (T B(t)) over the tokens t, whatever the direction:
                 there are as many, but for a few, as a step takes the batch of its beginning, rounded up (111m: 18,950,
                 the ramp 18,953). What a ramp gains beyond this arm is not gained by more steps
-    replay      the batches of the gns run of the next seed, open-loop: is it the schedule or the feedback?
+    replay      the batches of the gns run of the next seed, open-loop: is it the schedule or the feedback? At another
+                peak learning rate, replay@lr<x>, those of gns@lr<x>
     sqrtlr      the ramp with a learning rate x sqrt(batch / B)
     halflife    the ramp with beta2 by a half-life in tokens, that of 0.95 at B: H = B T ln 2 / -ln 0.95
     fitted      fixed with a budget D', to which its whole learning rate schedule is fitted (below)
@@ -233,7 +234,7 @@ class Experiment:
         """Runs whose logs this one is still to be made from."""
         arm = self.plan.arm(run.arm)
         if arm.is_replay and not (self.folder(run) / SCHEDULE).exists():
-            return [Run("gns", self.plan.other_seed(run.seed))]
+            return [Run("gns" + arm.at_rate, self.plan.other_seed(run.seed))]
         if arm.is_fitted and arm.budget is None:
             return [Run(name, seed) for seed in self.plan.seeds for name in ("fixed", "ramp")]
         return []

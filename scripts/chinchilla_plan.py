@@ -121,6 +121,11 @@ class Arm:
     def is_replay(self) -> bool:
         return self.base == "replay"
 
+    @property
+    def at_rate(self) -> str:
+        """@lr<x>, or nothing: which of an arm's variants this is."""
+        return "".join(self.name.partition("@")[1:])
+
 
 def budget_options(budget: int) -> dict[str, str]:
     """All that a fitted budget changes; batch and decay follow from the budget by themselves."""

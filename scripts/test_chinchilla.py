@@ -341,10 +341,12 @@ def test_made_from_other_runs() -> None:
     expected = round(0.8 * end / BATCH_TOKENS) * BATCH_TOKENS  # losses 5 - 2 t and 5 - 2.5 t meet 3 at 1 and 0.8
     require_equal((budgets["fitted"], budgets["fittedramp"]), (expected, expected), "fitted budgets")
     require_equal(int(column("fitted/seed2", "tokens_processed")[-1]), expected, "tokens of a fitted run")
-    for seed, other in ((1, 2), (2, 1)):
-        batches = [int(n) for n in column(f"gns/seed{other}", "batch")]
-        schedule = Path(f"e/replay/seed{seed}/schedule.csv").read_text()
-        require_equal(replayed(schedule, 200_000, 64), batches, f"the schedule of replay/seed{seed}")
+    require("needs gns@lr0.02/seed2" in require_run(1, *SMALL_RUN, "--arms", "replay@lr0.02"), "a replay's own rate")
+    require_run(0, *SMALL_RUN, "--arms", "gns@lr0.02,replay@lr0.02")
+    for rate, seed, other in (("", 1, 2), ("", 2, 1), ("@lr0.02", 1, 2), ("@lr0.02", 2, 1)):
+        batches = [int(n) for n in column(f"gns{rate}/seed{other}", "batch")]
+        schedule = Path(f"e/replay{rate}/seed{seed}/schedule.csv").read_text()
+        require_equal(replayed(schedule, 200_000, 64), batches, f"the schedule of replay{rate}/seed{seed}")
 
 
 def test_ctrl_c() -> None:
