@@ -111,14 +111,23 @@ static inline void stop_on_signals(void) {
 }
 
 // A token file is read through memory, so one that is cut short meanwhile is found out by a signal, at no place in particular.
-static inline void lost_file_handler(int number) {
-    static const char message[] =
-        "error: a token file can no longer be read: it was cut short during the run, or its disk fails; "
-        "put it back, and go on from the last checkpoint with --resume 1\n";
-    (void)number;
+static inline void lost_file_handler(int number, siginfo_t* info, void* context) {
+    static const char message[] = "error: a token file can no longer be read: it was cut short during the run, or its "
+                                  "disk fails; put it back; checkpoints are as they were\n";
+    (void)context;
+    signal(number, SIG_DFL);
+    if (info->si_code != BUS_ADRERR) { return; } // not a file's missing page: it happens again, and ends the program
     ssize_t ignored = write(STDERR_FILENO, message, sizeof message - 1);
     (void)ignored;
     _exit(2);
+}
+
+static inline void watch_token_files(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_sigaction = lost_file_handler;
+    action.sa_flags = SA_SIGINFO;
+    sigaction(SIGBUS, &action, NULL);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -708,7 +717,7 @@ static inline int train_main(int argc, char** argv, BackendOpen open) {
     const double start = seconds_now();
     int status = 0;
     options_parse(argc, argv, &t->options);
-    signal(SIGBUS, lost_file_handler);
+    watch_token_files();
     trainer_prepare(t);
     if (t->options.dry_run) {
         status = dry_run(&t->plan, &t->options);

@@ -553,31 +553,45 @@ def test_best_rates(folder: Path) -> None:
     """Of each arm one rate, and of the repetitions those of that rate."""
     arms = {
         "fixed": {},
-        "ramp": {"first_batch": 4},
+        "ramp": {"first_batch": 4, "scale": 20.0},  # diverged at its own rate
         "fixed@lr2e-3": {"scale": 0.98, "config": {"lr": 2e-3}},
         "ramp@lr2e-3": {"first_batch": 4, "scale": 1.05, "config": {"lr": 2e-3}},
         "ramp@lr5e-4": {"first_batch": 4, "scale": 0.9, "config": {"lr": 5e-4}},
         "const1": {"batch": 4},
-        "fitted": {"budget": 0.8 * BUDGET},
+        "fitted": {"budget": 0.8 * BUDGET, "config": {"lr": 2e-3}},
+        "fitted@lr0.002": {"budget": 0.8 * BUDGET, "config": {"lr": 2e-3}},
         "fittedramp@lr5e-4": {"first_batch": 4, "scale": 0.9, "budget": 0.8 * BUDGET, "config": {"lr": 5e-4}},
+        "late": {"first_batch": 8, "done": 0.5},
+        "late@lr2e-3": {"first_batch": 8, "done": 0.5, "config": {"lr": 2e-3}},
     }
     swept = invent(folder, arms)
     e = at_best_rates(swept)
     chosen = {arm.name: arm.first.folder.parent.name for arm in e.arms}
-    named = {name: name for name in ("const1", "fittedramp")} | {"ramp": "ramp@lr5e-4", "fixed": "fixed@lr2e-3"}
-    check(chosen == named | {"fittedramp": "fittedramp@lr5e-4"}, f"each at its best rate, under its own name: {chosen}")
+    expected = {"ramp": "ramp@lr5e-4", "fixed": "fixed@lr2e-3", "const1": "const1", "fitted": "fitted"}
+    check(chosen == expected | {"fittedramp": "fittedramp@lr5e-4"}, f"each at its best rate, once: {chosen}")
     results = compare(e, swept)
     check(results.best_constant is e.reference and e.reference.rate == 2e-3, "the best constant batch is among them")
-    check([(f.arm.name, e.original(f.arm).name) for f in results.fitted] == [("fittedramp", "ramp")], "and repetitions")
-    check(len(results.sweep.families) == 3, "all rates are in the sweep")
+    repeats = [(f.arm.name, e.original(f.arm).name) for f in results.fitted]
+    check(repeats == [("fitted", "fixed"), ("fittedramp", "ramp")], f"and what repeats them: {repeats}")
+    check([len(family.variants) for family in results.sweep.families] == [2, 3, 1], "all rates are in the sweep")
+    axes = figures.final_figure(e, results).axes[0]
+    left, right = axes.get_xlim()
+    ramp = next(r.against_reference.mean for r in results.arms if r.arm.name == "ramp")
+    check(left < ramp < 0 and right < 1, f"a rate that diverged leaves the best one where it was: {left} to {right}")
+    figures.plt.close("all")
     done = report(folder, "--best-rates")
     check(done.returncode == 0 and not (folder / "report").exists(), f"a folder of its own: {done.stderr}")
-    words = "Each arm is at its best peak learning rate: fixed 0.002, ramp 0.0005, const1 0.001 and fittedramp 0.0005."
+    words = "that it was run at: fixed at 0.002, ramp at 0.0005 and const1 at 0.001 (the only one)."
     check(words in " ".join(done.stdout.split()), f"expected '{words}' in '{done.stdout}'")
     text = (folder / "report-best-rates/index.html").read_text()
     check('<figure id="sweep"' in text and '<figure id="loss"' in text and "ramp@lr2e-3" not in text, "its page")
+    check("as no run on the full budget is finished: late." in text, "which says what it leaves out")
     done = report(folder / "const1/seed1", "--best-rates")
     check(done.returncode == 2 and "--best-rates: expected finished runs" in done.stderr, f"no rates: {done.stderr}")
+    unfinished = invent(folder / "b", {name: arms[name] | {"done": 0.5} for name in ("fixed", "fixed@lr2e-3")} | {
+        name: arms[name] for name in ("ramp@lr2e-3", "ramp@lr5e-4")
+    })  # fmt: skip
+    check_raises(LogError, lambda: at_best_rates(unfinished), "expected finished runs of fixed")
 
 
 def test_honest(folder: Path) -> None:

@@ -301,13 +301,19 @@ def tokenize(sources: list[Source], vocabulary: Vocabulary, prefix: Path, shard_
         "sources": [asdict(source) | {"path": Path(source.path).name} for source in sources],
     }
     with Shards(prefix, settings, vocabulary.size, shard_tokens) as shards:
+        if any(shards.tokens(split) > 0 for split in SPLITS):
+            write_tokenizer(vocabulary, tokenizer_path(prefix))
         if not shards.complete:
             encode_into(shards, [piece for source in sources for piece in pieces_of(source)], vocabulary, processes)
-        write_tokenizer(vocabulary, prefix.with_name(prefix.name + "_tokenizer.bin"))
         summarize(shards)
 
 
+def tokenizer_path(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + "_tokenizer.bin")
+
+
 def encode_into(shards: Shards, pieces: list[Piece], vocabulary: Vocabulary, processes: int) -> None:
+    """The tokenizer comes with the first tokens: none without any, and never a set that is complete but for it."""
     todo = pieces[shards.pieces_done :]
     total = sum(piece.bytes for piece in pieces)
     done = total - sum(piece.bytes for piece in todo)
@@ -317,7 +323,9 @@ def encode_into(shards: Shards, pieces: list[Piece], vocabulary: Vocabulary, pro
     for piece, encoded in zip(todo, encode_all(todo, vocabulary, processes), strict=True):
         shards.append(encoded.tokens, encoded.documents)
         done += piece.bytes
-        amount += sum(map(len, encoded.tokens.values()))
+        had_any, amount = amount > 0, amount + sum(map(len, encoded.tokens.values()))
+        if amount > 0 and not had_any:
+            write_tokenizer(vocabulary, tokenizer_path(shards.prefix))
         progress.report(done / total, amount)
     if amount == 0:
         raise Fault("the files hold no text")

@@ -46,7 +46,7 @@ def captions(experiment: Experiment, results: Results) -> dict[str, Caption]:
             f"Difference of the final validation loss from that of {reference}: each seed (bar), mean (dot) and 95% t "
             "interval (line, which may leave the figure; a small arrowhead at the edge is a seed beyond it). An interval "
             "across the black line shows no difference."
-            + final_words(results.sweep),
+            + final_words(experiment, results.sweep),
         ),
         "sweep": Caption("Final loss by peak learning rate", sweep_words(results.sweep)),
         "batch": Caption(
@@ -61,13 +61,14 @@ def captions(experiment: Experiment, results: Results) -> dict[str, Caption]:
     } | noise_captions(experiment)  # fmt: skip
 
 
-def final_words(sweep: Sweep | None) -> str:
+def final_words(experiment: Experiment, sweep: Sweep | None) -> str:
     """What learning-rate sweeps add to the figure of the final losses."""
     if sweep is None:
         return ""
-    is_any_far = any(sweep.is_far(v) for family in sweep.families for v in family.variants)
+    is_any_far = any(sweep.has_far(arm) for arm in experiment.arms)
     far = " Large arrowheads with a value: means beyond the right edge." if is_any_far else ""
-    return f" The variants of an arm stand together, by learning rate.{far}"
+    together = "" if experiment.has_best_rates else " The variants of an arm stand together, by learning rate."
+    return together + far
 
 
 def sweep_words(sweep: Sweep | None) -> str:

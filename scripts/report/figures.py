@@ -246,13 +246,11 @@ def final_figure(experiment: Experiment, results: Results) -> Figure | None:
     shown = [of_arm[arm.name] for arm in experiment.by_stem if arm.name in of_arm]
     if not shown:
         return None
-    sweep = results.sweep
-    far = {v.arm.name for f in sweep.families for v in f.variants if sweep.is_far(v)} if sweep else set()
     rows = rows_of_families([r.arm for r in shown])
     figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.26 * (rows[-1] + 1)), layout="constrained")
     look = looks(experiment)
     differences = {r.arm.name: final_differences(r.arm, experiment.reference) for r in shown}
-    near = [r for r in shown if r.arm.name not in far] or shown
+    near = [r for r in shown if results.sweep is None or not results.sweep.has_far(r.arm)] or shown
     limit_bars(axes, [r.against_reference for r in near], [x for r in near for x in differences[r.arm.name]])
     left, right = axes.get_xlim()
     for row, result in zip(rows, shown):

@@ -197,6 +197,7 @@ def notes(experiment: Experiment) -> list[str]:
         (lost, "Finished without a validation loss that is a number: ", ". They are in no final loss."),
         (experiment.missing, "Not started: ", "."),
         (experiment.unknown, "Left out, as plan.json does not have them: ", "."),
+        (experiment.left_out, "Left out, as no run on the full budget is finished: ", "."),
     ):
         found += [before + listed(names) + after] if names else []
     for run in runs:

@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -174,8 +174,8 @@ class Arm:
     def rate(self) -> float:
         """The peak learning rate, to six digits; NaN if neither config.json nor the name says it."""
         named = re.search(LEARNING_RATE, self.name)
-        rate = self.first.number("lr")
-        return float(f"{float(named[1]) if math.isnan(rate) and named else rate:.6g}")
+        rates = [rate for run in self.runs.values() if math.isfinite(rate := run.number("lr"))]
+        return float(f"{rates[0] if rates else float(named[1]) if named else math.nan:.6g}")
 
     def finished(self) -> dict[int, Run]:
         return {seed: run for seed, run in self.runs.items() if math.isfinite(run.final_loss)}
@@ -189,7 +189,8 @@ class Experiment:
     seeds: list[int]  # as planned
     missing: list[str]  # runs that have not begun
     unknown: list[str]  # runs in the folder that the plan does not have
-    has_best_rates: bool = False  # of each arm, only its best learning rate: sweep.py
+    has_best_rates: bool = False  # of each arm, only its best learning rate: at_best_rates() in sweep.py
+    left_out: list[str] = field(default_factory=list)  # arms that have none
 
     @cached_property
     def reference(self) -> Arm:
@@ -201,7 +202,7 @@ class Experiment:
 
     @property
     def is_single(self) -> bool:
-        return len(self.arms) == 1 and len(self.reference.runs) == 1
+        return len(self.arms) == 1 and len(self.reference.runs) == 1 and not self.has_best_rates
 
     @cached_property
     def by_stem(self) -> list[Arm]:

@@ -108,6 +108,10 @@ class Sweep:
     def is_far(self, variant: Variant) -> bool:
         return variant.mean > self.limit
 
+    def has_far(self, arm: Arm) -> bool:
+        """Under whatever name: at_best_rates() below changes it."""
+        return any(v.arm.runs is arm.runs and self.is_far(v) for family in self.families for v in family.variants)
+
     def far_seeds(self, variant: Variant) -> int:
         return sum(loss > self.limit for loss in variant.losses.values())
 
@@ -135,23 +139,30 @@ def read_sweep(experiment: Experiment) -> Sweep | None:
 
 
 def at_best_rates(experiment: Experiment) -> Experiment:
-    """Of each arm its best variant alone, under the arm's own name; and what repeats one of these on another budget."""
+    """Of each arm its best variant alone, under the arm's own name; and what repeats one of these on another budget, of
+    several with one name that with the most seeds."""
     sweep = read_sweep(experiment)
-    if sweep is None:
+    families = {family.name: family for family in sweep.families} if sweep else {}
+    if experiment.reference.stem not in families:
         raise LogError(
-            "--best-rates: expected finished runs of an arm at two peak learning rates or more, found none; leave it out, "
-            "or train some: chinchilla.py --lr-sweep"
+            f"--best-rates: expected finished runs of {experiment.reference.stem}, and of some arm at two peak learning "
+            "rates or more, found none; leave it out, or train some: chinchilla.py --lr-sweep"
         )
-    best = {family.best.arm.name for family in sweep.families}
-    repeats = [(arm, experiment.original(arm)) for arm in experiment.arms]
-    arms = [arm for arm, original in repeats if arm.name in best or (original and original.name in best)]
-    names = {arm.name for arm in arms}
+    best = [family.best.arm for family in families.values()]
+    chosen: dict[str, Arm] = {}
+    for arm in experiment.arms:
+        original, other = experiment.original(arm), chosen.get(arm.stem)
+        is_best = any(arm is b or original is b for b in best)
+        if is_best and (other is None or len(arm.finished()) > len(other.finished())):
+            chosen[arm.stem] = arm
+    names = {arm.name for arm in chosen.values()}
     return replace(
         experiment,
         folder=experiment.folder.with_name("report-best-rates"),
-        arms=[replace(arm, name=arm.stem) for arm in arms],
+        arms=[replace(arm, name=stem) for stem, arm in chosen.items()],
         missing=[run for run in experiment.missing if run.split("/")[0] in names],
         has_best_rates=True,
+        left_out=[stem for stem in dict.fromkeys(arm.stem for arm in experiment.arms) if stem not in chosen],
     )
 
 

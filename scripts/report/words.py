@@ -81,7 +81,7 @@ def summary(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
     if experiment.is_single:
         return [("The run", describe_run(experiment.reference.first))]
     parts = [
-        ("The experiment", describe_experiment(experiment)),
+        ("The experiment", describe_experiment(experiment, results.sweep)),
         ("Final loss", final_words(experiment, results)),
         ("At each arm's best learning rate", sweep_words(results.sweep)),
         ("Saved along the run", along_words(experiment, results)),
@@ -90,7 +90,7 @@ def summary(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
     return [(lead, text) for lead, text in parts if text]
 
 
-def describe_experiment(experiment: Experiment) -> str:
+def describe_experiment(experiment: Experiment, sweep: Sweep | None) -> str:
     run, runs = experiment.reference.first, experiment.runs()
     finished, seeds = sum(run.finished for run in runs), len({seed for arm in experiment.arms for seed in arm.runs})
     return (
@@ -98,13 +98,17 @@ def describe_experiment(experiment: Experiment) -> str:
         f"{size(run)}{format_tokens(run.budget if math.isfinite(run.budget) else run.tokens[-1])} tokens; "
         f"{len(experiment.arms)} arms, {seeds} seed{'s' if seeds > 1 else ''}, {finished} of the {len(runs)} runs that "
         f"have begun are finished; {run.config.get('device', 'device unknown')}. Arms are "
-        f"compared with {experiment.reference.name} seed by seed; 95% intervals in brackets.{best_rates(experiment)}"
+        f"compared with {experiment.reference.name} seed by seed; 95% intervals in brackets."
+        + best_rates(experiment, sweep)
     )
 
 
-def best_rates(experiment: Experiment) -> str:
-    rates = [f"{arm.name} {rate_name(arm.rate)}" for arm in experiment.arms]
-    return f" Each arm is at its best peak learning rate: {several(rates)}." if experiment.has_best_rates else ""
+def best_rates(experiment: Experiment, sweep: Sweep | None) -> str:
+    """Which rates the page has, where it has but one of each arm."""
+    if not (experiment.has_best_rates and sweep):
+        return ""
+    at = [at_best(f) + ("" if f.is_tuned else " (the only one)") for f in sweep.families]
+    return f" Of each arm this is the best of the peak learning rates that it was run at: {several(at)}."
 
 
 def size(run: Run) -> str:
