@@ -2,6 +2,7 @@
 
     python3 dev/gns_analysis.py out/demo                       (a run's folder or its log.csv, also nanoGNS's)
     python3 dev/gns_analysis.py out/demo --plot picture.png --csv curves.csv
+    python3 dev/gns_analysis.py out/demo --until 0.5           the same when half of the log's tokens were done
     python3 dev/gns_analysis.py out/demo --group 'block 0=\\.h\\.0\\.' --group 'biases=bias$'
 
 The table has a row for each group of tensors, of those the log measured, and for each --group, and in it
@@ -30,7 +31,7 @@ import csv
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,6 +132,14 @@ def make_groups(log: Log, own: list[tuple[str, str]], tau: float, alpha: float) 
 
 def number(x: float) -> str:
     return f"{x:.4g}" if math.isfinite(x) else "--"
+
+
+def beginning(log: Log, part: float) -> Log:
+    """The rows up to this share of the tokens."""
+    rows = log.tokens <= part * log.tokens[-1]
+    if not rows.any():
+        raise LogError(f"'{log.path}': expected rows within {part:g} of its tokens, found none; give a larger --until")
+    return replace(log, columns={name: values[rows] for name, values in log.columns.items()})
 
 
 def table_row(group: Group, window: float) -> list[str]:
@@ -285,6 +294,7 @@ def main() -> int:
     parser.add_argument("--tau", type=positive, metavar="TOKENS",
                         help="smoothing length per token [that of config.json beside the log, or 1%% of the tokens]")
     parser.add_argument("--alpha", type=share, default=0.99, help="EMA per step [%(default)s]")
+    parser.add_argument("--until", type=share, metavar="SHARE", help="only the rows up to this share of the tokens")
     parser.add_argument("--window", type=share, default=0.1,
                         help="share of the tokens in the last columns [%(default)s]")
     parser.add_argument("--group", type=own_group, action="append", default=[], metavar="NAME=PATTERN",
@@ -293,6 +303,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figure, .png, .svg or .pdf")
     args = parser.parse_args()
     log = read_log(args.log)
+    log = beginning(log, args.until) if args.until else log
     tau, source = smoothing_length(log, args.tau)
     groups = make_groups(log, args.group, tau, args.alpha)
     print_report(log, groups, args, tau, source)

@@ -283,6 +283,11 @@ def test_analysis(folder: Path) -> None:
     written = read_log(curves)
     expected = component_ema(group_components(read_log(log), "total"))
     check_close(written.column("total/per_step"), expected.gns, 1e-13, "the curves are written")
+    half = tool("gns_analysis.py", log, "--until", "0.5", "--tau", "1K")[1]
+    short = write_log(folder / "short", known_rows(5, 400)[:200])
+    same = tool("gns_analysis.py", short, "--tau", "1K")[1].replace(str(short), str(log))
+    check(half == same, "until half of the tokens is what a run of half as many says")
+    check_status(tool("gns_analysis.py", log, "--until", "0.001"), "no rows", "--until")
     check_status(tool("gns_analysis.py", log, "--group", "x=nothing"), "a group without tensors", "nothing")
     check_status(tool("gns_analysis.py", log, "--tau", "-1"), "a negative smoothing length", "--tau")
     alone = write_log(folder / "alone", known_rows(6, 5, n=1))
