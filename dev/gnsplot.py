@@ -1,6 +1,7 @@
 """The look of the figures: colours that stay apart in print and for the colour-blind (Okabe & Ito 2008), each with a
 line style of its own; axes without clutter. Errors are bands of plus and minus two standard errors."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -32,11 +33,13 @@ def band(axes: Axes, x: Array, y: Array, error: Array, line: tuple, label: str) 
     axes.plot(x, y, color=colour, linestyle=style, label=label)
 
 
-def limit_to_bulk(axes: Axes, curves: list[Array]) -> None:
-    """From zero to a little above where nearly all of the curves lies, so that a spike does not flatten the rest."""
-    values = np.concatenate([c[np.isfinite(c)] for c in curves])
+def limit_to_bulk(axes: Axes, curves: list[Array], whole: Sequence[Array] = ()) -> None:
+    """From zero to a little above where nearly all of the curves lies, so that a spike does not flatten the rest; and
+    to above all of those that are to be seen whole."""
+    values = np.concatenate([c[np.isfinite(c)] for c in [*curves, *whole]])
     if len(values) > 0:
-        axes.set_ylim(0, 1.3 * max(np.quantile(values, 0.98), 1e-12))
+        highest = max((np.nanmax(c, initial=0) for c in whole), default=0)
+        axes.set_ylim(0, max(1.3 * np.quantile(values, 0.98), 1.05 * highest, 1e-12))
 
 
 def log_ticks(axis: Axis, at: list[float] | None = None) -> None:

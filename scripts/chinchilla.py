@@ -36,12 +36,16 @@ Arms, with A the ramp's first batch and B its last, the fixed one (--arms all is
                 peak learning rate, replay@lr<x>, those of gns@lr<x>
     sqrtlr      the ramp with a learning rate x sqrt(batch / B)
     halflife    the ramp with beta2 by a half-life in tokens, that of 0.95 at B: H = B T ln 2 / -ln 0.95
+    wide        the ramp from 2A to 2B, with that half-life
+    tuned       the closed loop as tuned on one seed of small: 3 times the noise scale of all tensors, measured
+                every 16 steps, between 2A and 2B, with that half-life
     fitted      fixed with a budget D', to which its whole learning rate schedule is fitted (below)
     fittedramp  the ramp, likewise
     <arm>@lr<x> any of these at the peak learning rate x; --lr-sweep adds such arms
-    your own    --arm 'root=gns --gns-power 0.5' is gns with one more option, 'wide=ramp --batch-schedule linear:32:256'
-                another ramp; an empty value, as in --beta2 "", takes an option away. Trained beside --arms, or, if that
-                names it with @lr<x>, at these rates only
+    your own    --arm 'root=gns --gns-power 0.5' is gns with one more option, 'late=ramp --batch-schedule linear:8:256'
+                another ramp; an empty value, as in --beta2 "", takes an option away; --max-tokens, a budget of its own,
+                has the whole learning rate schedule fitted to it. Trained beside --arms, or, if that names it with
+                @lr<x>, at these rates only
 
 D' is where the better one of fixed and ramp has, on its way, the other's final loss. Validation losses are averaged
 over all seeds, and the crossing, the first one, is interpolated linearly between two evaluations. D' / D is thus the

@@ -252,9 +252,10 @@ def test_plan_file() -> None:
     """Options of every arm, in order; arms and seeds add up over commands."""
     require_run(0, *SMALL_RUN, "--arms", "halflife,fixed", "--seeds", "2", "--lr-sweep", "0.5")
     own = ("--arm", "root=gns --gns-power 0.5", "--arm", "half=mean --beta2 '' --beta2-half-life 1K")
+    own += ("--arm", "short=tuned --max-tokens 100000")
     require_run(0, *SMALL_RUN, "--arms", "fixed", *own, "--seeds", "5")
     plan = json.loads(Path("e/plan.json").read_text())
-    names = ["halflife", "fixed", "halflife@lr0.003", "fixed@lr0.003", "root", "half"]
+    names = ["halflife", "fixed", "halflife@lr0.003", "fixed@lr0.003", "root", "half", "short"]
     require_equal([arm["name"] for arm in plan["arms"]], names, "arms")
     require_equal((plan["schema"], plan["seeds"], plan["budget"]), (1, [2, 5], 200_000), "schema, seeds, budget")
     options = {arm["name"]: arm["options"] for arm in plan["arms"]}
@@ -263,9 +264,12 @@ def test_plan_file() -> None:
     require_equal(options["fixed@lr0.003"], options["fixed"] | {"lr": "0.003"}, "options of a sweep")
     require_equal((options["root"]["gns-power"], options["root"]["batch-max"]), ("0.5", "32"), "options of one's own")
     require("beta2" not in options["half"] and options["half"]["beta2-half-life"] == "1K", "an option taken away")
-    titles = [arm["title"] for arm in plan["arms"][-2:]]
+    short = {"batch-max": "64", "gns-scale": "3", "beta2-half-life": "27675", "max-tokens": "100000"}
+    short["warmup"] = "16883tokens"  # 374,784,000 of 2,219,950,080 tokens, in the same proportion
+    require_equal({name: options["short"].get(name) for name in short}, short, "options of a budget of its own")
+    titles = [arm["title"] for arm in plan["arms"][-3:-1]]
     require_equal(titles, ["gns with gns-power 0.5", "mean with no beta2, beta2-half-life 1K"], "titles")
-    expected = {f"{name}/seed2" for name in names[:-2]} | {f"{name}/seed5" for name in ("fixed", "root", "half")}
+    expected = {f"{name}/seed2" for name in names[:4]} | {f"{name}/seed5" for name in ("fixed", *names[4:])}
     require_equal(sorted(calls()), sorted(expected), "runs")
     require_run(
         0, *SMALL_RUN, "--arms", "ramp@lr0.01", "--arm", "own=mean --lr 0.02", "--lr-sweep", "0.5,2", "--seeds", "2"

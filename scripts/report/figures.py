@@ -110,7 +110,7 @@ def draw_batch(axes: Axes, run: Run, scale: Scale, look: Look) -> None:
     known = np.isfinite(noise)
     band(axes, *thin(run.tokens[known] / scale.unit, noise[known], error[known]), (ORANGE, "-"), "")
     axes.step(*thin(np.append(0, run.tokens[:-1]) / scale.unit, batch), where="post", color=look.colour, linewidth=2)
-    limit_to_bulk(axes, [noise, batch])
+    limit_to_bulk(axes, [noise], [batch])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def difference_figure(experiment: Experiment, _: Results) -> Figure | None:
         axes.plot(x / scale.unit, y, color=colour, linestyle=style)
         labels += named(x / scale.unit, y, arm.name, colour)
         known = np.isfinite(y)
-        late.append(y[known & (x >= min(0.15 * last, x[known][-1]))])
+        late.append(y[known & (x >= min(0.3 * last, x[known][-1]))])
     axes.axhline(0, color=BLACK, linewidth=1)
     values = np.concatenate(late)
     margin = 0.08 * max(np.ptp(values), 1e-6)
@@ -406,7 +406,8 @@ def batch_figure(experiment: Experiment, _: Results) -> Figure | None:
     for axes, arm in zip(grid, arms):
         draw_batch(axes, arm.first, scale, look[arm.name])
         axes.set_title(arm.name, color=look[arm.name].colour)
-    limit_to_bulk(grid[0], [arm.first.column(name) for arm in arms for name in ("gns/ln", "batch")])
+    noises, batches = ([arm.first.column(name) for arm in arms] for name in ("gns/ln", "batch"))
+    limit_to_bulk(grid[0], noises, batches)
     grid[0].set_xlim(0, None)
     figure.supxlabel(scale.name, fontsize=9)
     figure.supylabel("sequences", fontsize=9)
