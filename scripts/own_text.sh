@@ -10,5 +10,5 @@ prefix=${1:?expected what the names of the token files begin with, such as data/
 
 mkdir -p "$(dirname "$prefix")"
 export LC_ALL=C # the same order of documents everywhere
-documents=$(ls README.md data/README.md Makefile ./*.c llmc/*.h dev/*/*.c dev/*/*.h | grep -v unicode.h) # a table, no text
+documents=$(ls README.md data/README.md doc/*.md Makefile ./*.c llmc/*.h dev/*/*.c dev/*/*.h | grep -v unicode.h) # a table, no text
 build/text_to_tokens --out "$prefix" $documents
