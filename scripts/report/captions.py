@@ -74,7 +74,7 @@ def final_words(experiment: Experiment, sweep: Sweep | None) -> str:
 def sweep_words(sweep: Sweep | None) -> str:
     if sweep is None:
         return ""
-    shown = [(family, v) for family in sweep.drawn for v in family.variants]
+    shown = [(family, v) for family in sweep.families for v in family.variants]
     several = any(len(v.losses) > 1 for _, v in shown)
     dots = (
         "Mean final validation loss (dots on the line; small dots, a little aside: seeds)"
@@ -86,11 +86,11 @@ def sweep_words(sweep: Sweep | None) -> str:
         "those with the most seeds: there arms are compared. An arm with its ring at an end of its line may be better "
         "beyond."
     )
-    outside = [words for family in sweep.drawn if (words := far_words(sweep, family, True))]
+    outside = [words for family in sweep.families if (words := far_words(sweep, family, True))]
     if outside:
         what = "means" if several else "losses"
         text += f" Arrowheads at the top edge, on dotted lines, are {what} above the axis: {'; '.join(outside)}."
-    seeds = [words for family in sweep.drawn if (words := far_words(sweep, family, False))]
+    seeds = [words for family in sweep.families if (words := far_words(sweep, family, False))]
     return text + (f" Seeds above the axis, of means within it: {'; '.join(seeds)}." if seeds else "")
 
 

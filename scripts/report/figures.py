@@ -132,7 +132,7 @@ def loss_figure(experiment: Experiment, _: Results) -> Figure | None:
         time = mean_over_seeds(arm, x, lambda run: (run.curve.tokens, run.curve.seconds))
         for axes, at in ((by_tokens, x / tokens.unit), (by_time, time / seconds.unit)):
             axes.plot(at, loss, color=look[arm.name].colour, linestyle=look[arm.name].style, linewidth=1)
-        late.append(loss[np.isfinite(loss) & (x >= min(0.08 * last, x[-1]))])
+        late.append(loss[np.isfinite(loss) & (x >= min(0.15 * last, x[-1]))])
     values = np.concatenate(late)
     if len(values) > 0:
         margin = 0.05 * max(np.ptp(values), 1e-6)
@@ -313,11 +313,11 @@ def limit_bars(axes: Axes, intervals: list[Interval], seeds: list[float]) -> Non
 
 
 def sweep_figure(experiment: Experiment, results: Results) -> Figure | None:
-    """Final loss against the peak learning rate: a line for each arm that was run at several, its best one marked."""
+    """Final loss against the peak learning rate: a line for each arm, its best one of several marked."""
     sweep = results.sweep
     if sweep is None:
         return None
-    shown = sweep.drawn
+    shown = sweep.families
     rates = sorted({v.rate for family in shown for v in family.variants})
     figure, axes = plt.subplots(figsize=(WIDTH, 3.9))
     longest = max(len(family.name) for family in shown)
@@ -327,20 +327,28 @@ def sweep_figure(experiment: Experiment, results: Results) -> Figure | None:
     if rate_axis(axes, rates):
         figure.subplots_adjust(bottom=0.19)
     top = limit_losses(axes, sweep)
+    axes.set(xlabel="peak learning rate", ylabel="final validation loss (nats per token)")
+    make_room_left(axes)
     look, gap = looks(experiment), float(np.diff(np.log(rates)).min())
     arrows, step = arrow_shifts(sweep, 0.35 * pad, gap), min(0.12 * pad, 0.5 * gap / len(shown))
     paths = [
         draw_family(axes, family, look[family.name], sweep, top, arrows, step * (k - (len(shown) - 1) / 2))
         for k, family in enumerate(shown)
     ]
-    axes.set(xlabel="peak learning rate", ylabel="final validation loss (nats per token)")
     label_near(axes, paths, [family.variants[-1].rate < rates[-1] for family in shown])
     return figure
 
 
+def make_room_left(axes: Axes) -> None:
+    """For what stands there: how wide the ticks' labels are depends on their digits."""
+    axes.figure.draw_without_rendering()
+    outermost = axes.yaxis.get_tightbbox().x0 / axes.figure.bbox.width
+    axes.figure.subplots_adjust(left=axes.get_position().x0 + max(0, 0.01 - outermost))
+
+
 def limit_losses(axes: Axes, sweep: Sweep) -> float:
     """Limits the axis to what is not far above the rest; returns where the arrowheads of the others stand."""
-    shown = [v for family in sweep.drawn for v in family.variants]
+    shown = [v for family in sweep.families for v in family.variants]
     near = [loss for v in shown for loss in (v.mean, *v.losses.values()) if loss <= sweep.limit]
     height = max(max(near) - min(near), 1e-4)
     top = max(near) + (ARROW_ROOM if any(sweep.is_far(v) for v in shown) else 0.06) * height
@@ -353,7 +361,7 @@ def arrow_shifts(sweep: Sweep, step: float, gap: float) -> dict[tuple[str, float
 
     A step apart, but within the gap between rates.
     """
-    outside = [(family.name, v.rate) for family in sweep.drawn for v in family.variants if sweep.is_far(v)]
+    outside = [(family.name, v.rate) for family in sweep.families for v in family.variants if sweep.is_far(v)]
     shifts: dict[tuple[str, float], float] = {}
     for rate in {rate for _, rate in outside}:
         names = [name for name, at in outside if at == rate]

@@ -88,17 +88,12 @@ class Sweep:
         rival = self.best_constant
         return NOTHING if rival is None or rival is family else difference(family.best, rival.best)
 
-    @property
-    def drawn(self) -> list[Family]:
-        """Those with several rates, and the constant batches: rivals even where they were run at one."""
-        return [family for family in self.families if family.is_tuned or family.is_constant]
-
     @cached_property
     def limit(self) -> float:
         """Of the losses that figures show: no mean lies in the room above it where arrowheads stand."""
-        means = sorted(v.mean for family in self.drawn for v in family.variants)
+        means = sorted(v.mean for family in self.families for v in family.variants)
         lowest = means[0]
-        best = float(np.median([family.best.mean for family in self.drawn]))
+        best = float(np.median([family.best.mean for family in self.families]))
         limit = lowest + max(FAR_SHARE * lowest, FAR_TIMES * (best - lowest))
         for mean in means:
             if limit < mean < limit + ARROW_ROOM * (limit - lowest):
