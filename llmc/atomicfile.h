@@ -262,7 +262,7 @@ static inline bool write_atomically(const char* path, const void* data, size_t s
 
 // Size and checksum of an existing file; false with errno set if it cannot be read.
 static inline bool file_checksum(const char* path, uint64_t* size, uint32_t* crc) {
-    FILE* f = fopen(path, "rb");
+    FILE* f = open_to_read(path);
     if (f == NULL) { return false; }
     Crc32 tables;
     char block[1 << 16];

@@ -8,6 +8,7 @@ and in exit status 2. Nothing here leaves a half-written file: writing files tha
 #define LLMC_CHECK_H
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -16,6 +17,7 @@ and in exit status 2. Nothing here leaves a half-written file: writing files tha
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #if defined(__GNUC__)
 #define PRINTF_LIKE(fmt, args) __attribute__((format(printf, fmt, args)))
@@ -82,9 +84,22 @@ static inline char* copy_string(const char* s) {
     return (char*)memcpy(alloc_zeroed(n, 1, "a string"), s, n);
 }
 
+// fopen(path, "rb"), but a named pipe that nobody has open for writing is an empty file, not one to wait for.
+static inline FILE* open_to_read(const char* path) {
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0) { return NULL; }
+    FILE* f = fcntl(fd, F_SETFL, O_RDONLY) == 0 ? fdopen(fd, "rb") : NULL; // which waits for what a writer writes
+    if (f == NULL) {
+        int reason = errno;
+        close(fd);
+        errno = reason;
+    }
+    return f;
+}
+
 // The whole file as bytes followed by a NUL, its length in *len. NULL with errno set if it cannot be read.
 static inline char* read_whole_file(const char* path, size_t* len) {
-    FILE* f = fopen(path, "rb");
+    FILE* f = open_to_read(path);
     if (f == NULL) { return NULL; }
     size_t capacity = 4096, used = 0;
     char* data = (char*)malloc(capacity + 1);

@@ -154,7 +154,7 @@ static inline void read_tensors(FILE* f, const char* path, const GPTConfig* conf
 // kind_of_file: for messages. *version: as found, MODEL_FP32 or, for magic MODEL_MAGIC alone, MODEL_BF16.
 static inline FILE* open_tensor_file(const char* path, const char* kind_of_file, int magic, int kinds,
                                      GPTConfig* config, int* version) {
-    FILE* f = fopen(path, "rb");
+    FILE* f = open_to_read(path);
     if (f == NULL) { fatal("cannot open the %s '%s': %s", kind_of_file, path, strerror(errno)); }
     int32_t header[HEADER_WORDS];
     size_t words = fread(header, sizeof(int32_t), HEADER_WORDS, f);

@@ -163,6 +163,11 @@ static void test_read_whole_file(void) {
     size_t size;
     errno = 0;
     CHECK(read_whole_file(folder, &size) == NULL && errno == EISDIR);
+    unlink(path);
+    CHECK(mkfifo(path, 0666) == 0);
+    char* nothing = read_whole_file(path, &size);
+    CHECK(nothing != NULL && size == 0);
+    free(nothing);
     tempdir_remove(folder);
     CHECK(read_whole_file(path, &size) == NULL && errno == ENOENT);
 }

@@ -949,6 +949,7 @@ static void test_refusals(void) {
     make_tokens("many.bin", 20001, 0);
     put_token("many.bin", 20000, 16); // in a sequence that the first step, of all 2,500, takes somewhere
     CHECK(mkfifo(in_folder("fifo"), 0666) == 0);
+    CHECK(mkfifo(in_folder("fifo.bin"), 0666) == 0);
     static const char* const cases[][2] = {
         {"-i missing.bin -e L=1,H=1,C=4,T=8,V=16", "missing.bin"},
         {"-i short.bin -e L=1,H=1,C=4,T=8,V=16", "needs 9"},
@@ -959,6 +960,10 @@ static void test_refusals(void) {
         {"-i many.bin -e L=1,H=1,C=4,T=8,V=16 -d 20000", "token 16 at position 20000"},
         {"-i train.bin -j bad.bin -e L=1,H=1,C=4,T=8,V=16", "token 16 at position 400"},
         {"-i fifo -e L=1,H=1,C=4,T=8,V=16", "not a regular file"},
+        {TOY "--batch-schedule file:fifo", "no knots"}, // nobody writes to it: all of these would wait for ever
+        {TOY "-s 5 --tokenizer fifo", "has 0 bytes, less than the 1024"},
+        {TOY "--hellaswag fifo", "has 0 bytes, less than the 1024"},
+        {"-i train.bin -e fifo.bin", "is truncated"},
         {TOY "-x 10 --max-tokens 640", "--max-tokens and --max-steps contradict each other"},
         {"-i train.bin -e d13", "--model (-e) 'd13' is unknown"},
         {"-i train.bin -e L=1,H=3,C=4", "the heads must divide the channels"},
