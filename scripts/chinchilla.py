@@ -554,7 +554,8 @@ def show_plan(experiment: Experiment, runs: list[Run], size: Size) -> None:
         f"{format_count(size.speed)} tok/s ({size.machine})"
     )
     write(
-        "Steps are those of the trainer's --dry-run; in gns and replay the noise decides, on fitted budgets other runs."
+        "Steps are those of the trainer's --dry-run; in a closed loop and its replay the noise decides, on fitted "
+        "budgets other runs."
     )
 
 

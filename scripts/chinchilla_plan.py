@@ -209,7 +209,7 @@ class ArmTable:
     def make(self, name: str) -> Arm:
         """The arm of this name: built-in, one's own, or either at another learning rate."""
         arm = self.without_steps(name)
-        unknown = arm.is_fitted or arm.is_replay
+        unknown = arm.budget is None or arm.is_replay
         return arm if unknown else replace(arm, steps=count_steps(self.trainer, arm.options))
 
     def without_steps(self, name: str) -> Arm:
@@ -234,7 +234,10 @@ class ArmTable:
         more = {word.removeprefix("--"): value for word, value in zip(extra[::2], extra[1::2], strict=True)}
         own = [f"{option} {value}" if value else f"no {option}" for option, value in more.items()]
         titles = [f"{base} with {', '.join(own)}" if own else title, *([f"lr {lr}"] if at else [])]
-        fitted = budget_options(parse_count(more["max-tokens"], "--max-tokens")) if more.get("max-tokens") else {}
+        if "max-tokens" in more and (base == "replay" or not more["max-tokens"]):
+            why = "a replay has the budget of what it replays" if base == "replay" else "an arm needs a budget"
+            raise Mistake(f"--arm '{stem}={self.own[stem]}': {why}; leave --max-tokens out")
+        fitted = budget_options(parse_count(more["max-tokens"], "--max-tokens")) if "max-tokens" in more else {}
         merged = self.common | changes | fitted | more | ({"lr": lr} if at else {})
         options = {option: value for option, value in merged.items() if value}
         budget = parse_count(options["max-tokens"], "--max-tokens") if "max-tokens" in options else None

@@ -560,6 +560,8 @@ TESTS: list[tuple[Callable[..., None], *tuple[str, ...]]] = [
     (test_wrong_usage, "has --lr 'abc': expected a number", "tiny", "--arm", "x=fixed --lr abc", "--lr-sweep", "2"),
     (test_wrong_usage, "No closing quotation; close what is quoted", "tiny", "--arm", "a=gns --prompt 'x"),
     (test_wrong_usage, "--seed is set for each run by this program", "tiny", "--arm", "a=gns --seed 7"),
+    (test_wrong_usage, "an arm needs a budget; leave --max-tokens out", "tiny", "--arm", "a=gns --max-tokens ''"),
+    (test_wrong_usage, "has the budget of what it replays", "tiny", "--arm", "a=replay --max-tokens 9K"),
     (test_wrong_usage, "expected to print a number of steps", "tiny", "--trainer", "/bin/true"),
     (test_wrong_usage, "there is one only; give two --seeds", "tiny", "--arms", "replay", "--seeds", "1"),
 ]  # fmt: skip
