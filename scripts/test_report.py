@@ -459,6 +459,9 @@ def test_experiment(folder: Path) -> None:
     )
     check_close(of["fittedramp"].worth.seconds.mean, 0.2, 0.01, "by its own clock")
     check_close(of["ramp"].worth.seconds.mean, 1 - 0.8 / 0.9, 0.02, "by a slower one")
+    check_close(of["ramp"].worth.tokens_of_best.mean, 1 - 0.8 / 0.9, 0.01, "against the best constant batch")
+    check_close(of["ramp"].worth.seconds_of_best.mean, 1 - 0.8 / 0.9 / 0.9, 0.01, "and by both clocks")
+    check(of["const1@lr2e-3"].worth.tokens_of_best.n == 0, "which saves nothing against itself")
     check(
         of["ramp"].worth.beyond == 3 and of["fitted"].worth is None,
         "prolonged lines are counted; fixed has no worth of its own",

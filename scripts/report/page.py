@@ -228,18 +228,22 @@ def worth_table(experiment: Experiment, results: Results) -> str:
         if r.worth is not None:
             nothing = f"more tokens bought {reference} nothing in {r.worth.worthless} seeds"
             prolonged = nothing if r.worth.worthless else f"{r.worth.beyond} of {r.worth.tokens.n}"
-            shares = share(r.worth.tokens), share(r.worth.seconds)
+            saved = r.worth.tokens, r.worth.seconds, r.worth.tokens_of_best, r.worth.seconds_of_best
+            shares = [share(interval) for interval in saved]
             of_time = NOT_COMPARABLE if results.disturbed else saving_verdict(r.worth.seconds)
             verdicts = saving_verdict(r.worth.tokens), of_time
             rows.append([r.arm.name, *shares, str(r.worth.tokens.n), prolonged, *verdicts])
     if not rows:
         return ""
-    header = ["saved by", "tokens", "device time", "n", "prolonged", "tokens: verdict", "time: verdict"]
-    return table(header, rows, (5, 6)) + paragraph(
+    best = f"less {results.best_constant.name}'s" if results.best_constant else "less the best constant's"
+    saved = ["tokens", "device time", f"tokens, {best}", f"device time, {best}"]
+    header = ["saved by", *saved, "n", "prolonged", "tokens: verdict", "time: verdict"]
+    return table(header, rows, (7, 8)) + paragraph(
         f"The final losses of {reference} and of its repetitions fitted to other budgets give, seed by seed, the loss "
         f"as a line in the logarithm of the budget. An arm is worth the budget with which {reference} would end at the "
         "arm's final loss; it saved the share by which its own tokens are fewer (for device time: by which its own "
-        f"time is shorter than that budget takes at the speed of {reference}). Geometric mean over n seeds with its "
+        f"time is shorter than that budget takes at the speed of {reference}). The columns beside these compare it "
+        "in the same way with the best constant batch, whose loss has its price on the same line. Geometric mean over n seeds with its "
         "95% t interval. Prolonged: seeds in which the arm's loss lies outside those measured, and so beyond the ends "
         "of the line."
     )

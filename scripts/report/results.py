@@ -36,6 +36,8 @@ class WorthSaved:
 
     tokens: Interval
     seconds: Interval
+    tokens_of_best: Interval  # saved against the best constant batch, by what both losses are worth
+    seconds_of_best: Interval
     beyond: int  # seeds whose loss lies outside the reference's own, so that the line through them was prolonged
     worthless: int  # seeds in which the reference gained nothing from more tokens
 
@@ -86,7 +88,7 @@ def compare(experiment: Experiment, swept: Experiment | None = None) -> Results:
                 against(mean),
                 against(best),
                 along(experiment.reference, arm),
-                None if repeats_reference else worth_saved(experiment.reference, arm, lines),
+                None if repeats_reference else worth_saved(experiment.reference, best, arm, lines),
             )
         )
     repeats = [fitted(experiment, arm) for arm in experiment.others if experiment.original(arm)]
@@ -160,23 +162,38 @@ def reference_worth(experiment: Experiment) -> dict[int, tuple[Worth, list[float
     return lines
 
 
-def worth_saved(reference: Arm, arm: Arm, lines: dict[int, tuple[Worth, list[float]]]) -> WorthSaved | None:
-    by_tokens, by_seconds, beyond = [], [], 0
-    finished = arm.finished()
+def worth_saved(
+    reference: Arm, best: Arm | None, arm: Arm, lines: dict[int, tuple[Worth, list[float]]]
+) -> WorthSaved | None:
+    finished, rivals = arm.finished(), best.finished() if best and best is not arm else {}
+    against_reference, against_best, beyond = [], [], 0  # ln of the ratios of tokens and of seconds
     for seed in sorted(lines.keys() & finished.keys()):
         run, twin, (line, losses) = finished[seed], reference.runs[seed], lines[seed]
-        tokens = line.log_tokens(run.final_loss)
-        by_tokens.append(math.log(run.tokens[-1]) - tokens)
-        by_seconds.append(
-            by_tokens[-1] + math.log(run.seconds[-1] / run.tokens[-1]) - math.log(twin.seconds[-1] / twin.tokens[-1])
-        )
+        excess = log_excess(run, line)
+        against_reference.append((excess, excess + log_pace(run) - log_pace(twin)))
+        if rival := rivals.get(seed):
+            difference = excess - log_excess(rival, line)
+            against_best.append((difference, difference + log_pace(run) - log_pace(rival)))
         beyond += not min(losses) <= run.final_loss <= max(losses)
-    if not by_tokens:
+    if not against_reference:
         return None
-    worthless = int(np.isnan(by_tokens).sum())
-    if worthless:
-        return WorthSaved(NOTHING, NOTHING, beyond, worthless)
-    return WorthSaved(saved_share(by_tokens), saved_share(by_seconds), beyond, 0)
+    worthless = sum(math.isnan(tokens) for tokens, _ in against_reference)
+    saved = [
+        NOTHING if worthless or not ratios else saved_share([pair[k] for pair in ratios])
+        for ratios in (against_reference, against_best)
+        for k in (0, 1)
+    ]
+    return WorthSaved(*saved, beyond, worthless)
+
+
+def log_excess(run: Run, line: Worth) -> float:
+    """ln of the run's tokens over those that its final loss is worth."""
+    return math.log(run.tokens[-1]) - line.log_tokens(run.final_loss)
+
+
+def log_pace(run: Run) -> float:
+    """ln of its seconds a token."""
+    return math.log(run.seconds[-1] / run.tokens[-1])
 
 
 def at_quarters(result: Result, reference: Arm) -> list[int | None]:

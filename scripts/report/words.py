@@ -266,11 +266,18 @@ def tokens_and_time(by_tokens: Sequence[Finding], by_seconds: Sequence[Finding],
 def worth_words(experiment: Experiment, results: Results) -> str:
     by_tokens: list[Finding] = []
     by_seconds: list[Finding] = []
+    tokens_of_best: list[Finding] = []
+    seconds_of_best: list[Finding] = []
     untold = []
     for r in results.arms:
         if r.worth is None or r.arm.is_sweep:
             continue
-        for findings, i in ((by_tokens, r.worth.tokens), (by_seconds, r.worth.seconds)):
+        for findings, i in (
+            (by_tokens, r.worth.tokens),
+            (by_seconds, r.worth.seconds),
+            (tokens_of_best, r.worth.tokens_of_best),
+            (seconds_of_best, r.worth.seconds_of_best),
+        ):
             prolonged = " (prolonged)" if r.worth.beyond else ""
             findings += finding(r.arm.name, i, saving_verdict(i), share(i) + prolonged)
         untold += [r.arm.name] if r.worth.worthless else []
@@ -280,6 +287,11 @@ def worth_words(experiment: Experiment, results: Results) -> str:
         parts.append(
             f"By what fitted budgets of {reference} are worth, of the tokens, "
             f"{tokens_and_time(by_tokens, by_seconds, results)}"
+        )
+    if tokens_of_best and results.best_constant:
+        parts.append(
+            f"Against the best constant batch, {results.best_constant.name}, at the same prices, of the tokens, "
+            f"{tokens_and_time(tokens_of_best, seconds_of_best, results)}"
         )
     if untold:
         parts.append(f"Not to be told, as more tokens bought {reference} nothing: {several(untold)}.")
