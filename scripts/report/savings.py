@@ -17,7 +17,8 @@ the reference be trained anew for other budgets N, each with its whole schedule.
     L(N) = a + b ln N        through two budgets, or by least squares through more
 
 and a run that ends with the loss M after U tokens is worth the reference's N* = exp((M - a) / b) tokens: the other arm
-saved 1 - U/N*. For b >= 0 more tokens bought the reference nothing, and no saving can be told.
+saved 1 - U/N*. For b >= 0 more tokens bought the reference nothing, and no saving can be told. Of two other arms one
+saved 1 - (U/N*) / (U'/N*') against the other.
 
 Shares saved are averaged as logarithms of the ratios u/t, in which a saving and the opposite cost have the same size.
 """
