@@ -50,7 +50,7 @@ typedef struct {
     DataLoader train, val; // not open: num_sequences 0
     int64_t val_sequences; // to evaluate on
     HellaSwag hellaswag;   // not open: num_examples 0
-    Tokenizer tokenizer;   // open if samples are wanted
+    Tokenizer tokenizer;   // open if --tokenizer is given
     int* prompt;           // (prompt_len)
     int prompt_len;
 
@@ -175,7 +175,6 @@ static inline void open_data(Trainer* t) {
 // The tokens that samples start with: those of --prompt, or end-of-text alone.
 static inline void open_prompt(Trainer* t) {
     const Options* o = &t->options;
-    tokenizer_open(&t->tokenizer, o->tokenizer);
     if (o->prompt != NULL) {
         t->prompt = tokenizer_encode(&t->tokenizer, o->prompt, strlen(o->prompt), &t->prompt_len);
     }
@@ -222,6 +221,7 @@ static inline void trainer_prepare(Trainer* t) {
         const StepPlan first = plan_step(&t->plan, o, 0, 0, t->plan.controller.batch);
         check_tokens(t, &t->train, max_int(first.n, FIRST_SEQUENCES));
     }
+    if (o->tokenizer != NULL) { tokenizer_open(&t->tokenizer, o->tokenizer); }
     if (o->sample_every.count > 0) { open_prompt(t); }
     if (o->eval_only || o->out == NULL) { return; }
     char error[PATH_SIZE + 256];
@@ -428,7 +428,7 @@ static inline void trainer_close(Trainer* t) {
     if (t->log.table.num_tensors > 0) { runlog_close(&t->log); }
     if (t->out_lock >= 0) { close(t->out_lock); }
     if (t->backend.self != NULL) { t->backend.close(t->backend.self); }
-    if (t->prompt != NULL) { tokenizer_close(&t->tokenizer); }
+    tokenizer_close(&t->tokenizer);
     if (t->hellaswag.num_examples > 0) { hellaswag_close(&t->hellaswag); }
     dataloader_close(&t->train);
     dataloader_close(&t->val);

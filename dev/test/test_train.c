@@ -961,7 +961,7 @@ static void test_refusals(void) {
         {"-i train.bin -j bad.bin -e L=1,H=1,C=4,T=8,V=16", "token 16 at position 400"},
         {"-i fifo -e L=1,H=1,C=4,T=8,V=16", "not a regular file"},
         {TOY "--batch-schedule file:fifo", "no knots"}, // nobody writes to it: all of these would wait for ever
-        {TOY "-s 5 --tokenizer fifo", "has 0 bytes, less than the 1024"},
+        {TOY "--tokenizer fifo", "has 0 bytes, less than the 1024"},
         {TOY "--hellaswag fifo", "has 0 bytes, less than the 1024"},
         {"-i train.bin -e fifo.bin", "is truncated"},
         {TOY "-x 10 --max-tokens 640", "--max-tokens and --max-steps contradict each other"},
