@@ -168,29 +168,32 @@ def built_in_arms(size: Size, mean: int) -> dict[str, tuple[str, dict[str, str]]
     def constant(batch: int) -> dict[str, str]:
         return fixed | {"batch-tokens": str(batch * size.seq_len)}
 
+    def linear(first: int, last: int) -> dict[str, str]:
+        return {"batch-schedule": f"linear:{first}:{last}"}
+
+    def loop(least: int, most: int) -> dict[str, str]:
+        return {"batch-schedule": "gns", "batch-min": str(least), "batch-max": str(most)}
+
     low, high = size.start, size.batch
-    fixed = {"batch-schedule": "fixed"}
-    ramp = {"batch-schedule": f"linear:{low}:{high}"}
-    wide = {"batch-schedule": f"linear:{2 * low}:{2 * high}"}
-    loop = {"batch-schedule": "gns", "batch-min": str(low), "batch-max": str(high)}
-    tuned = {"batch-min": str(2 * low), "batch-max": str(2 * high), "gns-calibration": "measured", "gns-scale": "3"}
+    fixed, ramp, wide = {"batch-schedule": "fixed"}, linear(low, high), linear(2 * low, 2 * high)
+    tuned = loop(2 * low, 2 * high) | {"gns-calibration": "measured", "gns-scale": "3"}
     half_life = {"beta2": "", "beta2-half-life": str(round(HALF_LIFE * high * size.seq_len))}
     no_budget = {"max-tokens": "", "warmup": ""}
     constants = {f"const{i}": (f"constant batch of {n}", constant(n)) for i, n in enumerate(size.constants, 1)}
     return {
         "fixed": (f"fixed batch of {high}", fixed),
         "ramp": (f"linear ramp from {low} to {high}", ramp),
-        "gns": ("closed loop on the noise scale", loop),
+        "gns": ("closed loop on the noise scale", loop(low, high)),
         "mean": (f"constant batch of {mean}, the ramp's mean", constant(mean)),
         **constants,
-        "fall": (f"falling ramp from {high} to {low}", {"batch-schedule": f"linear:{high}:{low}"}),
+        "fall": (f"falling ramp from {high} to {low}", linear(high, low)),
         "replay": ("the closed loop's batches of another seed", {"batch-schedule": f"file:{{run}}/{SCHEDULE}"}),
         "sqrtlr": ("ramp, lr ~ sqrt(batch)", ramp | {"lr-coupling": "0.5"}),
         "halflife": ("ramp, beta2 by half-life in tokens", ramp | half_life),
         "wide": (f"ramp from {2 * low} to {2 * high}, beta2 by half-life in tokens", wide | half_life),
         "tuned": (
             f"closed loop at 3 times the noise scale, {2 * low} to {2 * high}, beta2 by half-life in tokens",
-            loop | tuned | half_life,
+            tuned | half_life,
         ),
         "fitted": ("fixed batch, budget fitted to the saving", fixed | no_budget),
         "fittedramp": ("linear ramp, budget fitted to the saving", ramp | no_budget),

@@ -8,7 +8,7 @@ are those of an arm's first seed.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +96,7 @@ def overview(run: Run) -> Figure:
     loss.plot(run.curve.tokens / scale.unit, run.curve.loss, "o-", color=BLUE, markersize=3)
     loss.set(ylabel="loss (nats per token)", xlim=(0, x[-1]))
     draw_batch(batch, run, scale, Look(GREEN, "-"))
+    limit_batches(batch, [run])
     batch.set(xlabel=scale.name, ylabel="sequences")
     evaluated = named(run.curve.tokens / scale.unit, run.curve.loss, "validation", BLUE)
     label_ends(loss, evaluated + named(x, step_loss, "training,\neach step", GREY))
@@ -110,7 +111,11 @@ def draw_batch(axes: Axes, run: Run, scale: Scale, look: Look) -> None:
     known = np.isfinite(noise)
     band(axes, *thin(run.tokens[known] / scale.unit, noise[known], error[known]), (ORANGE, "-"), "")
     axes.step(*thin(np.append(0, run.tokens[:-1]) / scale.unit, batch), where="post", color=look.colour, linewidth=2)
-    limit_to_bulk(axes, [noise], [batch])
+
+
+def limit_batches(axes: Axes, runs: Sequence[Run]) -> None:
+    """Of draw_batch: the batches are to be seen whole, of the noise scales what is no spike."""
+    limit_to_bulk(axes, [run.column("gns/ln") for run in runs], [run.column("batch") for run in runs])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -414,8 +419,7 @@ def batch_figure(experiment: Experiment, _: Results) -> Figure | None:
     for axes, arm in zip(grid, arms):
         draw_batch(axes, arm.first, scale, look[arm.name])
         axes.set_title(arm.name, color=look[arm.name].colour)
-    noises, batches = ([arm.first.column(name) for arm in arms] for name in ("gns/ln", "batch"))
-    limit_to_bulk(grid[0], noises, batches)
+    limit_batches(grid[0], [arm.first for arm in arms])
     grid[0].set_xlim(0, None)
     figure.supxlabel(scale.name, fontsize=9)
     figure.supylabel("sequences", fontsize=9)

@@ -242,10 +242,10 @@ def worth_table(experiment: Experiment, results: Results) -> str:
         f"The final losses of {reference} and of its repetitions fitted to other budgets give, seed by seed, the loss "
         f"as a line in the logarithm of the budget. An arm is worth the budget with which {reference} would end at the "
         "arm's final loss; it saved the share by which its own tokens are fewer (for device time: by which its own "
-        f"time is shorter than that budget takes at the speed of {reference}). The columns beside these compare it "
-        "in the same way with the best constant batch, whose loss has its price on the same line. Geometric mean over n seeds with its "
-        "95% t interval. Prolonged: seeds in which the arm's loss lies outside those measured, and so beyond the ends "
-        "of the line."
+        f"time is shorter than that budget takes at the speed of {reference}). The columns beside these compare it in "
+        "the same way with the best constant batch, whose loss has its price on the same line. Geometric mean over n "
+        "seeds with its 95% t interval. Prolonged: seeds in which the arm's loss lies outside those measured, and so "
+        "beyond the ends of the line."
     )
 
 

@@ -178,12 +178,14 @@ def worth_saved(
     if not against_reference:
         return None
     worthless = sum(math.isnan(tokens) for tokens, _ in against_reference)
-    saved = [
-        NOTHING if worthless or not ratios else saved_share([pair[k] for pair in ratios])
-        for ratios in (against_reference, against_best)
-        for k in (0, 1)
-    ]
-    return WorthSaved(*saved, beyond, worthless)
+    if worthless:
+        return WorthSaved(NOTHING, NOTHING, NOTHING, NOTHING, beyond, worthless)
+    return WorthSaved(*saved_shares(against_reference), *saved_shares(against_best), beyond, 0)
+
+
+def saved_shares(log_ratios: list[tuple[float, float]]) -> tuple[Interval, Interval]:
+    """Of the tokens and of the seconds."""
+    return saved_share([tokens for tokens, _ in log_ratios]), saved_share([seconds for _, seconds in log_ratios])
 
 
 def log_excess(run: Run, line: Worth) -> float:

@@ -5,14 +5,14 @@ shown.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from gnslog import format_tokens
 
 from .drawing import rate_name
-from .results import Fitted, Results, at_quarters
+from .results import Fitted, Results, WorthSaved, at_quarters
 from .runs import Arm, Experiment, Run
 from .savings import Interval
 from .sweep import Family, Sweep
@@ -264,35 +264,24 @@ def tokens_and_time(by_tokens: Sequence[Finding], by_seconds: Sequence[Finding],
 
 
 def worth_words(experiment: Experiment, results: Results) -> str:
-    by_tokens: list[Finding] = []
-    by_seconds: list[Finding] = []
-    tokens_of_best: list[Finding] = []
-    seconds_of_best: list[Finding] = []
-    untold = []
-    for r in results.arms:
-        if r.worth is None or r.arm.is_sweep:
-            continue
-        for findings, i in (
-            (by_tokens, r.worth.tokens),
-            (by_seconds, r.worth.seconds),
-            (tokens_of_best, r.worth.tokens_of_best),
-            (seconds_of_best, r.worth.seconds_of_best),
-        ):
-            prolonged = " (prolonged)" if r.worth.beyond else ""
-            findings += finding(r.arm.name, i, saving_verdict(i), share(i) + prolonged)
-        untold += [r.arm.name] if r.worth.worthless else []
-    reference = experiment.reference.name
+    worths = [(r.arm.name, r.worth) for r in results.arms if r.worth is not None and not r.arm.is_sweep]
+
+    def findings(saved: Callable[[WorthSaved], Interval]) -> list[Finding]:
+        found: list[Finding] = []
+        for name, w in worths:
+            prolonged = " (prolonged)" if w.beyond else ""
+            found += finding(name, saved(w), saving_verdict(saved(w)), share(saved(w)) + prolonged)
+        return found
+
+    untold = [name for name, w in worths if w.worthless]
+    reference, best = experiment.reference.name, results.best_constant
     parts = [fitted_words(f, reference) for f in results.fitted if f.against_reference.n > 0]
-    if by_tokens:
-        parts.append(
-            f"By what fitted budgets of {reference} are worth, of the tokens, "
-            f"{tokens_and_time(by_tokens, by_seconds, results)}"
-        )
-    if tokens_of_best and results.best_constant:
-        parts.append(
-            f"Against the best constant batch, {results.best_constant.name}, at the same prices, of the tokens, "
-            f"{tokens_and_time(tokens_of_best, seconds_of_best, results)}"
-        )
+    if by_tokens := findings(lambda w: w.tokens):
+        words = tokens_and_time(by_tokens, findings(lambda w: w.seconds), results)
+        parts.append(f"By what fitted budgets of {reference} are worth, of the tokens, {words}")
+    if best and (by_tokens := findings(lambda w: w.tokens_of_best)):
+        words = tokens_and_time(by_tokens, findings(lambda w: w.seconds_of_best), results)
+        parts.append(f"Against the best constant batch, {best.name}, at the same prices, of the tokens, {words}")
     if untold:
         parts.append(f"Not to be told, as more tokens bought {reference} nothing: {several(untold)}.")
     if not parts:
