@@ -416,6 +416,7 @@ def invent(folder: Path, arms: dict[str, dict], seeds: int = 3, jitter: float = 
 
 def test_experiment(folder: Path) -> None:
     short = {"budget": 0.8 * BUDGET}
+    slow = {"scale": 1.1, "config": {"weight-decay": 0.5}}
     arms = {
         "fixed": {},
         "ramp": {"scale": 0.8, "first_batch": 4, "speed": 9e4},
@@ -424,12 +425,14 @@ def test_experiment(folder: Path) -> None:
         "const1@lr2e-3": {"batch": 8, "scale": 0.9, "config": {"lr": 2e-3}},
         "fitted": short,
         "fittedramp": short | {"scale": 0.8, "first_batch": 4},
+        "slow": slow,
+        "shortslow": short | slow,
     }
     e = invent(folder, arms, jitter=1e-3)
     results = compare(e)
     of = {result.arm.name: result for result in results.arms}
     check(
-        [e.original(a).name if e.original(a) else None for a in e.arms] == [None] * 5 + ["fixed", "ramp"],
+        [e.original(a).name if e.original(a) else None for a in e.arms] == [None] * 5 + ["fixed", "ramp", None, "slow"],
         "which arms repeat which",
     )
     check(results.best_constant.name == "const1@lr2e-3", "the best constant may come from the sweep")
@@ -455,17 +458,30 @@ def test_experiment(folder: Path) -> None:
     check(of["const1"].along.missed[last] == 3, "a worse arm never gets there")
     # The line through two budgets is straight in ln N; the losses are not quite: hence 1%.
     check_close(
-        of["fittedramp"].worth.tokens.mean, 0.2, 0.01, "at the end, where the ramp's loss is one that fixed has"
+        of["fittedramp"].worth.of_reference.tokens.mean,
+        0.2,
+        0.01,
+        "at the end, where the ramp's loss is one that fixed has",
     )
-    check_close(of["fittedramp"].worth.seconds.mean, 0.2, 0.01, "by its own clock")
-    check_close(of["ramp"].worth.seconds.mean, 1 - 0.8 / 0.9, 0.02, "by a slower one")
-    check_close(of["ramp"].worth.tokens_of_best.mean, 1 - 0.8 / 0.9, 0.01, "against the best constant batch")
-    check_close(of["ramp"].worth.seconds_of_best.mean, 1 - 0.8 / 0.9 / 0.9, 0.01, "and by both clocks")
-    check(of["const1@lr2e-3"].worth.tokens_of_best.n == 0, "which saves nothing against itself")
+    check_close(of["fittedramp"].worth.of_reference.seconds.mean, 0.2, 0.01, "by its own clock")
+    check_close(of["ramp"].worth.of_reference.seconds.mean, 1 - 0.8 / 0.9, 0.02, "by a slower one")
+    check_close(of["ramp"].worth.of_best.tokens.mean, 1 - 0.8 / 0.9, 0.01, "against the best constant batch")
+    check_close(of["ramp"].worth.of_best.seconds.mean, 1 - 0.8 / 0.9 / 0.9, 0.01, "and by both clocks")
+    check(of["const1@lr2e-3"].worth.of_best.tokens.n == 0, "which saves nothing against itself")
     check(
-        of["ramp"].worth.beyond == 3 and of["fitted"].worth is None,
+        of["ramp"].worth.of_reference.beyond == 3 and of["fitted"].worth is None,
         "prolonged lines are counted; fixed has no worth of its own",
     )
+    own = of["ramp"].own_worth
+    check_close(own.of_reference.tokens.mean, 0.2, 0.01, "at the loss of fixed, by the ramp's own two budgets")
+    check_close(own.of_reference.seconds.mean, 1 - 0.8 / 0.9, 0.02, "by its slower clock")
+    check_close(own.of_best.tokens.mean, 1 - 0.8 / 0.9, 0.01, "at the loss of the best constant batch")
+    check_close(own.of_best.seconds.mean, 1 - 0.8 / 0.9 / 0.9, 0.02, "and by both clocks")
+    check(own.of_best.beyond == 0, "which lies between the ramp's")
+    check_close(of["slow"].own_worth.of_reference.tokens.mean, -0.1, 0.01, "a worse arm needs more")
+    check(of["slow"].own_worth.of_reference.beyond == 3, "than it was ever given")
+    others = [name for name, result in of.items() if result.own_worth is not None]
+    check(others == ["ramp", "slow"], f"no other arm has budgets of its own: {others}")
     look = looks(e)
     check(
         look["fitted"].colour == look["fixed"].colour

@@ -16,7 +16,7 @@ from gnslog import format_tokens
 from .captions import Caption
 from .command import command
 from .drawing import rate_name
-from .results import QUARTERS, Result, Results, at_quarters, notes
+from .results import QUARTERS, EndSaving, Result, Results, WorthSaved, at_quarters, notes
 from .runs import Arm, Experiment
 from .savings import NOTHING, Interval, t_interval
 from .sweep import Family, Sweep
@@ -198,7 +198,30 @@ def along_section(experiment: Experiment, results: Results) -> str:
 
 
 def worth_section(experiment: Experiment, results: Results) -> str:
-    tables = fitted_table(experiment, results) + worth_table(experiment, results)
+    reference = experiment.reference.name
+    of_itself = (
+        "Arms with repetitions of their own on other budgets: their final losses give, seed by seed, the loss as a line "
+        f"in the logarithm of the budget. Where it comes down to the final loss of {reference}, the arm has had so much "
+        f"less than {reference} took; the columns beside these say the same of the best constant batch. Geometric mean "
+        f"over n seeds with its 95% t interval. Prolonged: seeds in which the other's loss does not lie between the "
+        "arm's own, and so beyond the ends of the line."
+    )
+    of_reference = (
+        f"The final losses of {reference} and of its repetitions fitted to other budgets give, seed by seed, the loss "
+        f"as a line in the logarithm of the budget. An arm is worth the budget with which {reference} would end at the "
+        "arm's final loss; it saved the share by which its own tokens are fewer (for device time: by which its own "
+        f"time is shorter than that budget takes at the speed of {reference}). The columns beside these compare it in "
+        "the same way with the best constant batch, whose loss has its price on the same line. Geometric mean over n "
+        "seeds with its 95% t interval. Prolonged: seeds in which a loss lies outside those measured, and so beyond "
+        "the ends of the line."
+    )
+    tables = (
+        fitted_table(experiment, results)
+        + worth_table("saved by its own budgets", [(r.arm.name, r.own_worth) for r in results.arms], of_itself, results)
+        + worth_table(
+            f"saved by those of {reference}", [(r.arm.name, r.worth) for r in results.arms], of_reference, results
+        )
+    )
     return "<h2>Saved at the end of the run, by schedules fitted to their budgets</h2>" + tables if tables else ""
 
 
@@ -221,32 +244,25 @@ def fitted_table(experiment: Experiment, results: Results) -> str:
     )
 
 
-def worth_table(experiment: Experiment, results: Results) -> str:
-    reference = experiment.reference.name
+def worth_table(what: str, worths: Sequence[tuple[str, WorthSaved | None]], text: str, results: Results) -> str:
     rows = []
-    for r in results.arms:
-        if r.worth is not None:
-            nothing = f"more tokens bought {reference} nothing in {r.worth.worthless} seeds"
-            prolonged = nothing if r.worth.worthless else f"{r.worth.beyond} of {r.worth.tokens.n}"
-            saved = r.worth.tokens, r.worth.seconds, r.worth.tokens_of_best, r.worth.seconds_of_best
-            shares = [share(interval) for interval in saved]
-            of_time = NOT_COMPARABLE if results.disturbed else saving_verdict(r.worth.seconds)
-            verdicts = saving_verdict(r.worth.tokens), of_time
-            rows.append([r.arm.name, *shares, str(r.worth.tokens.n), prolonged, *verdicts])
-    if not rows:
-        return ""
+    for name, w in worths:
+        if w is not None:
+            cells = [cell for saved in (w.of_reference, w.of_best) for cell in saving_cells(saved)]
+            of_time = NOT_COMPARABLE if results.disturbed else saving_verdict(w.of_reference.seconds)
+            verdicts = saving_verdict(w.of_reference.tokens), of_time
+            rows.append([name, *cells, str(w.of_reference.tokens.n), *verdicts])
     best = f"less {results.best_constant.name}'s" if results.best_constant else "less the best constant's"
-    saved = ["tokens", "device time", f"tokens, {best}", f"device time, {best}"]
-    header = ["saved by", *saved, "n", "prolonged", "tokens: verdict", "time: verdict"]
-    return table(header, rows, (7, 8)) + paragraph(
-        f"The final losses of {reference} and of its repetitions fitted to other budgets give, seed by seed, the loss "
-        f"as a line in the logarithm of the budget. An arm is worth the budget with which {reference} would end at the "
-        "arm's final loss; it saved the share by which its own tokens are fewer (for device time: by which its own "
-        f"time is shorter than that budget takes at the speed of {reference}). The columns beside these compare it in "
-        "the same way with the best constant batch, whose loss has its price on the same line. Geometric mean over n "
-        "seeds with its 95% t interval. Prolonged: seeds in which the arm's loss lies outside those measured, and so "
-        "beyond the ends of the line."
-    )
+    saved = ["tokens", "device time", "prolonged", f"tokens, {best}", f"device time, {best}", "prolonged"]
+    header = [what, *saved, "n", "tokens: verdict", "time: verdict"]
+    return table(header, rows, (8, 9)) + paragraph(text) if rows else ""
+
+
+def saving_cells(saved: EndSaving) -> list[str]:
+    """Tokens, device time, prolonged."""
+    nothing = f"more tokens bought nothing in {saved.worthless} seeds"
+    prolonged = nothing if saved.worthless else f"{saved.beyond} of {saved.tokens.n}" if saved.tokens.n else "–"
+    return [share(saved.tokens), share(saved.seconds), prolonged]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     fitted         runs on another budget with the whole schedule fitted to it: the honest savings, and their price
     sweep          each arm at its own best learning rate, where several were run
     worth          what any arm's final loss is worth in tokens, by the reference's own final losses on several budgets
+    own_worth      what an arm that was itself run on several budgets takes to end at the reference's loss
 
 The best constant batch is chosen after the fact, as the arm of constant batch and full budget with the lowest mean
 final loss: a yardstick that is harder to beat than any constant chosen beforehand. Where arms were run at several
@@ -29,17 +30,26 @@ SAME_SPEED = 1.3  # runs that do the same work on the same machine, undisturbed,
 WORK = ("batch-schedule", "batch-tokens", "max-tokens", "gns", "gns-all-every", "micro-batch", "recompute", "tf32")
 LISTED = 12  # names in a note; of more, their number
 
+Lines = dict[int, tuple[Worth, list[float]]]  # by seed: what an arm's tokens are worth, its final losses that say so
+
 
 @dataclass(frozen=True)
-class WorthSaved:
-    """What an arm saves at its end; no intervals where more tokens bought the reference nothing."""
+class EndSaving:
+    """Shares saved against another arm; no intervals where more tokens bought the owner of the lines nothing."""
 
     tokens: Interval
     seconds: Interval
-    tokens_of_best: Interval  # saved against the best constant batch, by what both losses are worth
-    seconds_of_best: Interval
-    beyond: int  # seeds whose loss lies outside the reference's own, so that the line through them was prolonged
-    worthless: int  # seeds in which the reference gained nothing from more tokens
+    beyond: int  # seeds in which a line was prolonged: a loss read off it is not between those that it goes through
+    worthless: int  # seeds in which more tokens bought nothing
+
+
+@dataclass(frozen=True)
+class WorthSaved:
+    """What an arm saves at its end, by the lines through their owner's final losses on several budgets. The owner is
+    the reference, or the arm itself."""
+
+    of_reference: EndSaving
+    of_best: EndSaving  # against the best constant batch
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,8 @@ class Result:
     against_mean: Interval
     against_best: Interval
     along: SavingsAlong  # without any level if no pair of runs has been evaluated
-    worth: WorthSaved | None  # None: no budget but one
+    worth: WorthSaved | None  # None: the reference has no budget but one
+    own_worth: WorthSaved | None  # None: the arm has no budget but one
 
 
 @dataclass(frozen=True)
@@ -75,20 +86,21 @@ class Results:
 def compare(experiment: Experiment, swept: Experiment | None = None) -> Results:
     """swept: where the experiment has only each arm's best rate, the one with all of them."""
     sweep = read_sweep(swept or experiment)
-    best, mean = best_constant(experiment, sweep), experiment.arm("mean")
-    lines = reference_worth(experiment)
+    reference, best, mean = experiment.reference, best_constant(experiment, sweep), experiment.arm("mean")
+    lines = worth_lines(experiment, reference)
     results = []
     for arm in experiment.others:
         against = partial(final_difference, arm)
-        repeats_reference = experiment.original(arm) is experiment.reference
+        repeats_reference = experiment.original(arm) is reference
         results.append(
             Result(
                 arm,
-                against(experiment.reference),
+                against(reference),
                 against(mean),
                 against(best),
-                along(experiment.reference, arm),
-                None if repeats_reference else worth_saved(experiment.reference, best, arm, lines),
+                along(reference, arm),
+                None if repeats_reference else worth_saved(lines, reference, arm, reference, best),
+                worth_saved(worth_lines(experiment, arm), arm, arm, reference, best),
             )
         )
     repeats = [fitted(experiment, arm) for arm in experiment.others if experiment.original(arm)]
@@ -97,7 +109,9 @@ def compare(experiment: Experiment, swept: Experiment | None = None) -> Results:
 
 def fitted(experiment: Experiment, arm: Arm) -> Fitted:
     reference = experiment.reference
-    twins = [a for a in reference_repeats(experiment) if math.isclose(a.first.budget, arm.first.budget, rel_tol=1e-3)]
+    twins = [
+        a for a in repeats_of(experiment, reference) if math.isclose(a.first.budget, arm.first.budget, rel_tol=1e-3)
+    ]
     ratio = partial(over_pairs, arm, reference)
     return Fitted(
         arm,
@@ -108,8 +122,8 @@ def fitted(experiment: Experiment, arm: Arm) -> Fitted:
     )
 
 
-def reference_repeats(experiment: Experiment) -> list[Arm]:
-    return [arm for arm in experiment.others if experiment.original(arm) is experiment.reference]
+def repeats_of(experiment: Experiment, original: Arm) -> list[Arm]:
+    return [arm for arm in experiment.others if experiment.original(arm) is original]
 
 
 def best_constant(experiment: Experiment, sweep: Sweep | None) -> Arm | None:
@@ -149,11 +163,10 @@ def along(reference: Arm, arm: Arm) -> SavingsAlong:
     return savings_along(pairs)
 
 
-def reference_worth(experiment: Experiment) -> dict[int, tuple[Worth, list[float]]]:
-    """By seed: what the reference's tokens are worth, and its final losses that say so."""
-    repeats = reference_repeats(experiment)
+def worth_lines(experiment: Experiment, owner: Arm) -> Lines:
+    repeats = repeats_of(experiment, owner)
     lines = {}
-    for seed, run in experiment.reference.finished().items():
+    for seed, run in owner.finished().items():
         runs = [run] + [arm.finished()[seed] for arm in repeats if seed in arm.finished()]
         losses = [r.final_loss for r in runs]
         line = worth([float(r.tokens[-1]) for r in runs], losses)
@@ -162,30 +175,27 @@ def reference_worth(experiment: Experiment) -> dict[int, tuple[Worth, list[float
     return lines
 
 
-def worth_saved(
-    reference: Arm, best: Arm | None, arm: Arm, lines: dict[int, tuple[Worth, list[float]]]
-) -> WorthSaved | None:
-    finished, rivals = arm.finished(), best.finished() if best and best is not arm else {}
-    against_reference, against_best, beyond = [], [], 0  # ln of the ratios of tokens and of seconds
-    for seed in sorted(lines.keys() & finished.keys()):
-        run, twin, (line, losses) = finished[seed], reference.runs[seed], lines[seed]
-        excess = log_excess(run, line)
-        against_reference.append((excess, excess + log_pace(run) - log_pace(twin)))
-        if rival := rivals.get(seed):
-            difference = excess - log_excess(rival, line)
-            against_best.append((difference, difference + log_pace(run) - log_pace(rival)))
-        beyond += not min(losses) <= run.final_loss <= max(losses)
-    if not against_reference:
+def worth_saved(lines: Lines, owner: Arm, arm: Arm, reference: Arm, best: Arm | None) -> WorthSaved | None:
+    if not lines.keys() & arm.finished().keys() & reference.finished().keys():
         return None
-    worthless = sum(math.isnan(tokens) for tokens, _ in against_reference)
+    return WorthSaved(end_saving(lines, owner, arm, reference), end_saving(lines, owner, arm, best))
+
+
+def end_saving(lines: Lines, owner: Arm, arm: Arm, other: Arm | None) -> EndSaving:
+    if other is None or other is arm:
+        return EndSaving(NOTHING, NOTHING, 0, 0)
+    by_tokens, by_seconds, beyond = [], [], 0  # ln of the ratios
+    for seed in sorted(lines.keys() & arm.finished().keys() & other.finished().keys()):
+        run, rival, (line, losses) = arm.runs[seed], other.runs[seed], lines[seed]
+        read_off = [x.runs[seed] for x in (arm, other) if x is not owner]
+        excess = sum(log_excess(r, line) * (1 if r is run else -1) for r in read_off)
+        by_tokens.append(excess)
+        by_seconds.append(excess + log_pace(run) - log_pace(rival))
+        beyond += any(not min(losses) <= r.final_loss <= max(losses) for r in read_off)
+    worthless = sum(math.isnan(ratio) for ratio in by_tokens)
     if worthless:
-        return WorthSaved(NOTHING, NOTHING, NOTHING, NOTHING, beyond, worthless)
-    return WorthSaved(*saved_shares(against_reference), *saved_shares(against_best), beyond, 0)
-
-
-def saved_shares(log_ratios: list[tuple[float, float]]) -> tuple[Interval, Interval]:
-    """Of the tokens and of the seconds."""
-    return saved_share([tokens for tokens, _ in log_ratios]), saved_share([seconds for _, seconds in log_ratios])
+        return EndSaving(NOTHING, NOTHING, beyond, worthless)
+    return EndSaving(saved_share(by_tokens), saved_share(by_seconds), beyond, 0)
 
 
 def log_excess(run: Run, line: Worth) -> float:

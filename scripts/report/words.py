@@ -5,7 +5,7 @@ shown.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -264,29 +264,36 @@ def tokens_and_time(by_tokens: Sequence[Finding], by_seconds: Sequence[Finding],
 
 
 def worth_words(experiment: Experiment, results: Results) -> str:
-    worths = [(r.arm.name, r.worth) for r in results.arms if r.worth is not None and not r.arm.is_sweep]
-
-    def findings(saved: Callable[[WorthSaved], Interval]) -> list[Finding]:
-        found: list[Finding] = []
-        for name, w in worths:
-            prolonged = " (prolonged)" if w.beyond else ""
-            found += finding(name, saved(w), saving_verdict(saved(w)), share(saved(w)) + prolonged)
-        return found
-
-    untold = [name for name, w in worths if w.worthless]
     reference, best = experiment.reference.name, results.best_constant
+    worths = [(r.arm.name, r.worth) for r in results.arms if r.worth is not None and not r.arm.is_sweep]
+    own = [(r.arm.name, r.own_worth) for r in results.arms if r.own_worth is not None and not r.arm.is_sweep]
     parts = [fitted_words(f, reference) for f in results.fitted if f.against_reference.n > 0]
-    if by_tokens := findings(lambda w: w.tokens):
-        words = tokens_and_time(by_tokens, findings(lambda w: w.seconds), results)
-        parts.append(f"By what fitted budgets of {reference} are worth, of the tokens, {words}")
-    if best and (by_tokens := findings(lambda w: w.tokens_of_best)):
-        words = tokens_and_time(by_tokens, findings(lambda w: w.seconds_of_best), results)
-        parts.append(f"Against the best constant batch, {best.name}, at the same prices, of the tokens, {words}")
+    for named, lead, lead_of_best in (
+        (own, f"At the loss of {reference}, by the arm's own fitted budgets", "At that of {}, in the same way"),
+        (worths, f"By what fitted budgets of {reference} are worth", "Against {}, at the same prices"),
+    ):
+        parts += saved_words(named, lead, False, results)
+        if best:
+            rival = f"the best constant batch, {best.name}"
+            parts += saved_words(named, lead_of_best.format(rival), True, results)
+    untold = [name for name, w in worths if w.of_reference.worthless]
     if untold:
         parts.append(f"Not to be told, as more tokens bought {reference} nothing: {several(untold)}.")
     if not parts:
         return f"Not known: that takes finished runs with a schedule fitted to another budget than that of {reference}."
     return "The honest reading. " + " ".join(parts)
+
+
+def saved_words(named: Sequence[tuple[str, WorthSaved]], lead: str, of_best: bool, results: Results) -> list[str]:
+    """One sentence or two, if anything is known."""
+    by_tokens: list[Finding] = []
+    by_seconds: list[Finding] = []
+    for name, w in named:
+        saved = w.of_best if of_best else w.of_reference
+        prolonged = " (prolonged)" if saved.beyond else ""
+        for findings, i in ((by_tokens, saved.tokens), (by_seconds, saved.seconds)):
+            findings += finding(name, i, saving_verdict(i), share(i) + prolonged)
+    return [f"{lead}, of the tokens, {tokens_and_time(by_tokens, by_seconds, results)}"] if by_tokens else []
 
 
 def fitted_words(f: Fitted, reference: str) -> str:
