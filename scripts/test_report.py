@@ -831,8 +831,18 @@ def test_sweep_seeds(folder: Path) -> None:
     check(figures.sweep_figure(one, compare(one)) is not None, "one seed has a figure")
     check_sweep_axis(folder / "e")
     check_few_seeds(folder / "f")
-    none = invent_sweep(folder / "c", {"fixed": three, "ramp": three, "gns@lr0.002": three})
+    none = invent_sweep(folder / "c", {"fixed": three, "ramp": three})
     check(compare(none).sweep is None and figures.sweep_figure(none, compare(none)) is None, "one rate each: no sweep")
+    chosen = invent_sweep(
+        folder / "g", {"fixed": three, "const1": {s: x - 0.01 for s, x in three.items()}, "gns@lr0.002": three}
+    )
+    words = dict(summary_words(chosen, compare(chosen)))["At each arm's best learning rate"]
+    check(
+        "Run at one rate only, and so perhaps not at their best: fixed, const1 and gns." in words, f"one each: {words}"
+    )
+    check("gns at 0.002" in words, f"still compared with the best constant batch: {words}")
+    best = at_best_rates(chosen)
+    check([arm.name for arm in best.arms] == ["fixed", "const1", "gns"], "each is its own best")
     growing = invent_sweep(folder / "d", {"ramp@lr0.002": three, "ramp@lr0.004": three}, ())
     sweep = compare(growing).sweep
     check(

@@ -171,7 +171,8 @@ def final_words(experiment: Experiment, results: Results) -> str:
             for findings, i in ((found, r.against_reference), (rivals, r.against_best)):
                 findings += finding(at_rate(r.arm, experiment), i, loss_verdict(i), nats(i))
     if not found:
-        return "No pair of runs has finished: there are no final losses to compare."
+        nothing = "No pair of runs has finished: there are no final losses to compare."
+        return nothing if results.sweep is None else ""  # what has finished is compared by sweep_words()
     reference, best = experiment.reference, results.best_constant
     text = f"Against {reference.name}, in nats per token, {grouped(found)}"
     if results.sweep is not None:
@@ -191,12 +192,13 @@ def sweep_words(sweep: Sweep | None) -> str:
     """Whether growing batches beat the best constant one, each at its best rate."""
     if sweep is None:
         return ""
-    rival, tuned = sweep.best_constant, [family for family in sweep.families if family.is_tuned]
+    rival = sweep.best_constant
+    judged = [family for family in sweep.families if family.is_tuned] or sweep.families
     if rival is None:
         parts = ["No constant batch has finished."]
     else:
         parts = [f"The best constant batch is that of {at_best(rival)}, with a mean loss of {rival.best.mean:.4f}."]
-        parts += rival_words(sweep, [family for family in tuned if not family.is_constant])
+        parts += rival_words(sweep, [family for family in judged if not family.is_constant])
     rivals = [at_best(family) for family in sweep.promising_constants]
     if rivals:
         parts.append(
@@ -204,7 +206,7 @@ def sweep_words(sweep: Sweep | None) -> str:
             f"said against it is not settled: {several(rivals)}."
         )
     for edge in ("lowest", "highest"):
-        names = [at_best(family) for family in tuned if family.edge == edge]
+        names = [at_best(family) for family in judged if family.edge == edge]
         if names:
             parts.append(
                 f"The best rate is the {edge} that was run, and a better one may lie beyond: {several(names)}."
@@ -230,7 +232,7 @@ def rival_words(sweep: Sweep, growing: Sequence[Family]) -> list[str]:
         found += finding(at_best(family), i, rival_verdict(i), nats(i))
         is_won |= i.sign < 0
     if not found:
-        return ["No growing batch has been run at several rates and has a seed in common with it."]
+        return ["No growing batch that can be compared has a seed in common with it."]
     nothing = "" if is_won else " No growing batch is shown to beat it."
     return [f"Against it, in nats per token, each at the best of the rates run with it, {grouped(found)}{nothing}"]
 
