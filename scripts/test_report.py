@@ -604,7 +604,7 @@ def test_best_rates(folder: Path) -> None:
     check(words in " ".join(done.stdout.split()), f"expected '{words}' in '{done.stdout}'")
     text = (folder / "report-best-rates/index.html").read_text()
     check('<figure id="sweep"' in text and '<figure id="loss"' in text and "ramp@lr2e-3" not in text, "its page")
-    check("as no run on the full budget is finished: late." in text, "which says what it leaves out")
+    check("or none at the best rate of the arm that they repeat: late." in text, "which says what it leaves out")
     done = report(folder / "const1/seed1", "--best-rates")
     check(done.returncode == 2 and "--best-rates: expected finished runs" in done.stderr, f"no rates: {done.stderr}")
     unfinished = invent(folder / "b", {name: arms[name] | {"done": 0.5} for name in ("fixed", "fixed@lr2e-3")} | {
@@ -841,6 +841,10 @@ def test_sweep_seeds(folder: Path) -> None:
         "Run at one rate only, and so perhaps not at their best: fixed, const1 and gns." in words, f"one each: {words}"
     )
     check("gns at 0.002" in words, f"still compared with the best constant batch: {words}")
+    same = invent_sweep(folder / "h", {"fixed@lr0.002": three, "ramp@lr0.002": three})
+    check(compare(same).sweep is None and report(folder / "h").returncode == 0, "all at one rate: no sweep, but a page")
+    words = dict(summary_words(same, compare(same)))["Final loss"]
+    check("no difference shown (interval includes 0): ramp@lr0.002" in words, f"and words: {words}")
     best = at_best_rates(chosen)
     check([arm.name for arm in best.arms] == ["fixed", "const1", "gns"], "each is its own best")
     growing = invent_sweep(folder / "d", {"ramp@lr0.002": three, "ramp@lr0.004": three}, ())

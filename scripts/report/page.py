@@ -200,20 +200,20 @@ def along_section(experiment: Experiment, results: Results) -> str:
 def worth_section(experiment: Experiment, results: Results) -> str:
     reference = experiment.reference.name
     of_itself = (
-        "Arms with repetitions of their own on other budgets: their final losses give, seed by seed, the loss as a line "
-        f"in the logarithm of the budget. Where it comes down to the final loss of {reference}, the arm has had so much "
-        f"less than {reference} took; the columns beside these say the same of the best constant batch. Geometric mean "
-        f"over n seeds with its 95% t interval. Prolonged: seeds in which the other's loss does not lie between the "
-        "arm's own, and so beyond the ends of the line."
+        "Arms with repetitions of their own on other budgets: their final losses give, seed by seed, the loss as a "
+        f"line in the logarithm of the budget. Where it comes down to the final loss of {reference}, the arm has had "
+        f"so much less than {reference} took; the columns beside these say the same of the best constant batch. "
+        "Geometric mean over the seeds with its 95% t interval. Prolonged: seeds, of how many, in which the other's "
+        "loss does not lie between the arm's own, and so beyond the ends of the line."
     )
     of_reference = (
         f"The final losses of {reference} and of its repetitions fitted to other budgets give, seed by seed, the loss "
         f"as a line in the logarithm of the budget. An arm is worth the budget with which {reference} would end at the "
         "arm's final loss; it saved the share by which its own tokens are fewer (for device time: by which its own "
         f"time is shorter than that budget takes at the speed of {reference}). The columns beside these compare it in "
-        "the same way with the best constant batch, whose loss has its price on the same line. Geometric mean over n "
-        "seeds with its 95% t interval. Prolonged: seeds in which a loss lies outside those measured, and so beyond "
-        "the ends of the line."
+        "the same way with the best constant batch, whose loss has its price on the same line. Geometric mean over the "
+        "seeds with its 95% t interval. Prolonged: seeds, of how many, in which a loss lies outside those measured, "
+        "and so beyond the ends of the line."
     )
     tables = (
         fitted_table(experiment, results)
@@ -251,17 +251,19 @@ def worth_table(what: str, worths: Sequence[tuple[str, WorthSaved | None]], text
             cells = [cell for saved in (w.of_reference, w.of_best) for cell in saving_cells(saved)]
             of_time = NOT_COMPARABLE if results.disturbed else saving_verdict(w.of_reference.seconds)
             verdicts = saving_verdict(w.of_reference.tokens), of_time
-            rows.append([name, *cells, str(w.of_reference.tokens.n), *verdicts])
+            rows.append([name, *cells, *verdicts])
     best = f"less {results.best_constant.name}'s" if results.best_constant else "less the best constant's"
     saved = ["tokens", "device time", "prolonged", f"tokens, {best}", f"device time, {best}", "prolonged"]
-    header = [what, *saved, "n", "tokens: verdict", "time: verdict"]
-    return table(header, rows, (8, 9)) + paragraph(text) if rows else ""
+    header = [what, *saved, "tokens: verdict", "time: verdict"]
+    return table(header, rows, (7, 8)) + paragraph(text) if rows else ""
 
 
 def saving_cells(saved: EndSaving) -> list[str]:
     """Tokens, device time, prolonged."""
-    nothing = f"more tokens bought nothing in {saved.worthless} seeds"
-    prolonged = nothing if saved.worthless else f"{saved.beyond} of {saved.tokens.n}" if saved.tokens.n else "–"
+    if saved.worthless:
+        prolonged = f"more tokens bought nothing in {saved.worthless} of the seeds"
+    else:
+        prolonged = f"{saved.beyond} of {saved.tokens.n}" if saved.tokens.n else "–"
     return [share(saved.tokens), share(saved.seconds), prolonged]
 
 

@@ -178,7 +178,8 @@ def worth_lines(experiment: Experiment, owner: Arm) -> Lines:
 def worth_saved(lines: Lines, owner: Arm, arm: Arm, reference: Arm, best: Arm | None) -> WorthSaved | None:
     if not lines.keys() & arm.finished().keys() & reference.finished().keys():
         return None
-    return WorthSaved(end_saving(lines, owner, arm, reference), end_saving(lines, owner, arm, best))
+    rival = best if best is not reference else None
+    return WorthSaved(end_saving(lines, owner, arm, reference), end_saving(lines, owner, arm, rival))
 
 
 def end_saving(lines: Lines, owner: Arm, arm: Arm, other: Arm | None) -> EndSaving:
@@ -226,7 +227,11 @@ def notes(experiment: Experiment) -> list[str]:
         (lost, "Finished without a validation loss that is a number: ", ". They are in no final loss."),
         (experiment.missing, "Not started: ", "."),
         (experiment.unknown, "Left out, as plan.json does not have them: ", "."),
-        (experiment.left_out, "Left out, as no run on the full budget is finished: ", "."),
+        (
+            experiment.left_out,
+            "Left out, as no run on the full budget is finished, or none at the best rate of the arm that they repeat: ",
+            ".",
+        ),
     ):
         found += [before + listed(names) + after] if names else []
     for run in runs:

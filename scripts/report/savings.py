@@ -18,8 +18,9 @@ the reference be trained anew for other budgets N, each with its whole schedule.
 
 and a run that ends with the loss M after U tokens is worth the reference's N* = exp((M - a) / b) tokens: the other arm
 saved 1 - U/N*. For b >= 0 more tokens bought the reference nothing, and no saving can be told. Of two other arms one
-saved 1 - (U/N*) / (U'/N*') against the other. The other way round, an arm that was itself trained anew for other budgets
-has a line of its own: it ends at the final loss of a reference that had V tokens with N* of its own, and saved 1 - N*/V.
+saved 1 - (U/N*) / (U'/N*') against the other. The other way round, an arm that was itself trained anew for other
+budgets has a line of its own: it ends at the final loss of a reference that had V tokens with N* of its own, and saved
+1 - N*/V.
 
 Shares saved are averaged as logarithms of the ratios u/t, in which a saving and the opposite cost have the same size.
 """

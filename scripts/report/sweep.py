@@ -124,11 +124,11 @@ def difference(a: Variant, b: Variant) -> Interval:
 
 
 def read_sweep(experiment: Experiment) -> Sweep | None:
-    """None where no arm has finished runs at a peak learning rate <arm>@lr<x>, or at two."""
+    """None where all runs that are finished have one peak learning rate."""
     names = dict.fromkeys(arm.stem for arm in experiment.arms)
     found = [Family(name, variants(experiment, name)) for name in names]
     families = [family for family in found if family.variants]
-    if not any(family.is_tuned or family.variants[0].arm.is_sweep for family in families):
+    if len({v.rate for family in families for v in family.variants}) < 2:
         return None
     return Sweep(families, best_of([family for family in families if family.is_constant]))
 
@@ -140,8 +140,8 @@ def at_best_rates(experiment: Experiment) -> Experiment:
     families = {family.name: family for family in sweep.families} if sweep else {}
     if experiment.reference.stem not in families:
         raise LogError(
-            f"--best-rates: expected finished runs of {experiment.reference.stem}, and of some arm at another peak "
-            "learning rate, found none; leave it out, or train some: chinchilla.py --lr-sweep"
+            f"--best-rates: expected finished runs of {experiment.reference.stem}, and two peak learning rates among "
+            "all finished runs, found none; leave it out, or train some: chinchilla.py --lr-sweep"
         )
     best = [family.best.arm for family in families.values()]
     chosen: dict[str, Arm] = {}

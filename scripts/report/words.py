@@ -163,15 +163,20 @@ def at_rate(arm: Arm, experiment: Experiment) -> str:
     return f"{arm.name} at {rate_name(arm.rate)}" if other else arm.name
 
 
+def is_told(arm: Arm, results: Results) -> bool:
+    """In the summary: variants at other learning rates are left to sweep_words()."""
+    return results.sweep is None or not arm.is_sweep
+
+
 def final_words(experiment: Experiment, results: Results) -> str:
     found: list[Finding] = []
     rivals: list[Finding] = []
     for r in results.arms:
-        if not r.arm.is_sweep and experiment.original(r.arm) is None:
+        if is_told(r.arm, results) and experiment.original(r.arm) is None:
             for findings, i in ((found, r.against_reference), (rivals, r.against_best)):
                 findings += finding(at_rate(r.arm, experiment), i, loss_verdict(i), nats(i))
     if not found:
-        nothing = "No pair of runs has finished: there are no final losses to compare."
+        nothing = "No pair of runs on the full budget has finished: there are no final losses to compare."
         return nothing if results.sweep is None else ""  # what has finished is compared by sweep_words()
     reference, best = experiment.reference, results.best_constant
     text = f"Against {reference.name}, in nats per token, {grouped(found)}"
@@ -193,12 +198,12 @@ def sweep_words(sweep: Sweep | None) -> str:
     if sweep is None:
         return ""
     rival = sweep.best_constant
-    judged = [family for family in sweep.families if family.is_tuned] or sweep.families
+    tuned = [family for family in sweep.families if family.is_tuned]
     if rival is None:
         parts = ["No constant batch has finished."]
     else:
         parts = [f"The best constant batch is that of {at_best(rival)}, with a mean loss of {rival.best.mean:.4f}."]
-        parts += rival_words(sweep, [family for family in judged if not family.is_constant])
+        parts += rival_words(sweep, [family for family in sweep.families if not family.is_constant])
     rivals = [at_best(family) for family in sweep.promising_constants]
     if rivals:
         parts.append(
@@ -206,7 +211,7 @@ def sweep_words(sweep: Sweep | None) -> str:
             f"said against it is not settled: {several(rivals)}."
         )
     for edge in ("lowest", "highest"):
-        names = [at_best(family) for family in judged if family.edge == edge]
+        names = [at_best(family) for family in tuned if family.edge == edge]
         if names:
             parts.append(
                 f"The best rate is the {edge} that was run, and a better one may lie beyond: {several(names)}."
@@ -232,7 +237,7 @@ def rival_words(sweep: Sweep, growing: Sequence[Family]) -> list[str]:
         found += finding(at_best(family), i, rival_verdict(i), nats(i))
         is_won |= i.sign < 0
     if not found:
-        return ["No growing batch that can be compared has a seed in common with it."]
+        return ["No growing batch has a seed in common with it."] if growing else []
     nothing = "" if is_won else " No growing batch is shown to beat it."
     return [f"Against it, in nats per token, each at the best of the rates run with it, {grouped(found)}{nothing}"]
 
@@ -245,7 +250,7 @@ def along_words(experiment: Experiment, results: Results) -> str:
     by_tokens: list[Finding] = []
     by_seconds: list[Finding] = []
     for r in results.arms:
-        if len(r.along.at) == 0 or r.arm.is_sweep or experiment.original(r.arm) is not None:
+        if len(r.along.at) == 0 or not is_told(r.arm, results) or experiment.original(r.arm) is not None:
             continue
         last = at_quarters(r, experiment.reference)[-1]
         last = len(r.along.at) - 1 if last is None else last
@@ -267,20 +272,21 @@ def tokens_and_time(by_tokens: Sequence[Finding], by_seconds: Sequence[Finding],
 
 def worth_words(experiment: Experiment, results: Results) -> str:
     reference, best = experiment.reference.name, results.best_constant
-    worths = [(r.arm.name, r.worth) for r in results.arms if r.worth is not None and not r.arm.is_sweep]
-    own = [(r.arm.name, r.own_worth) for r in results.arms if r.own_worth is not None and not r.arm.is_sweep]
+    worths = [(r.arm.name, r.worth) for r in results.arms if r.worth is not None and is_told(r.arm, results)]
+    own = [(r.arm.name, r.own_worth) for r in results.arms if r.own_worth is not None and is_told(r.arm, results)]
     parts = [fitted_words(f, reference) for f in results.fitted if f.against_reference.n > 0]
     for named, lead, lead_of_best in (
         (own, f"At the loss of {reference}, by the arm's own fitted budgets", "At that of {}, in the same way"),
         (worths, f"By what fitted budgets of {reference} are worth", "Against {}, at the same prices"),
     ):
         parts += saved_words(named, lead, False, results)
-        if best:
+        if best and best is not experiment.reference:
             rival = f"the best constant batch, {best.name}"
             parts += saved_words(named, lead_of_best.format(rival), True, results)
-    untold = [name for name, w in worths if w.of_reference.worthless]
-    if untold:
-        parts.append(f"Not to be told, as more tokens bought {reference} nothing: {several(untold)}.")
+    for named, owner in ((own, "the arm itself"), (worths, reference)):
+        untold = [name for name, w in named if w.of_reference.worthless]
+        if untold:
+            parts.append(f"Not to be told, as more tokens bought {owner} nothing in some seed: {several(untold)}.")
     if not parts:
         return f"Not known: that takes finished runs with a schedule fitted to another budget than that of {reference}."
     return "The honest reading. " + " ".join(parts)
@@ -300,4 +306,5 @@ def saved_words(named: Sequence[tuple[str, WorthSaved]], lead: str, of_best: boo
 
 def fitted_words(f: Fitted, reference: str) -> str:
     loss = f"{loss_verdict(f.against_reference)}, {nats(f.against_reference)} (n = {f.against_reference.n})"
-    return f"{f.arm.name}, on {percent(f.tokens.mean)} fewer tokens, against {reference} on all: {loss}."
+    tokens = f"{percent(abs(f.tokens.mean))} {'fewer' if f.tokens.mean > 0 else 'more'} tokens"
+    return f"{f.arm.name}, on {tokens}, against {reference} on its own budget: {loss}."
