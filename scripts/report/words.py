@@ -12,7 +12,7 @@ import numpy as np
 from gnslog import format_tokens
 
 from .drawing import rate_name
-from .results import Fitted, Results, WorthSaved, at_quarters
+from .results import EndSaving, Fitted, Results, at_quarters
 from .runs import Arm, Experiment, Run
 from .savings import Interval
 from .sweep import Family, Sweep
@@ -198,7 +198,6 @@ def sweep_words(sweep: Sweep | None) -> str:
     if sweep is None:
         return ""
     rival = sweep.best_constant
-    tuned = [family for family in sweep.families if family.is_tuned]
     if rival is None:
         parts = ["No constant batch has finished."]
     else:
@@ -211,7 +210,7 @@ def sweep_words(sweep: Sweep | None) -> str:
             f"said against it is not settled: {several(rivals)}."
         )
     for edge in ("lowest", "highest"):
-        names = [at_best(family) for family in tuned if family.edge == edge]
+        names = [at_best(family) for family in sweep.families if family.edge == edge]
         if names:
             parts.append(
                 f"The best rate is the {edge} that was run, and a better one may lie beyond: {several(names)}."
@@ -279,10 +278,10 @@ def worth_words(experiment: Experiment, results: Results) -> str:
         (own, f"At the loss of {reference}, by the arm's own fitted budgets", "At that of {}, in the same way"),
         (worths, f"By what fitted budgets of {reference} are worth", "Against {}, at the same prices"),
     ):
-        parts += saved_words(named, lead, False, results)
-        if best and best is not experiment.reference:
-            rival = f"the best constant batch, {best.name}"
-            parts += saved_words(named, lead_of_best.format(rival), True, results)
+        parts += saved_words([(name, w.of_reference) for name, w in named], lead, results)
+        if best:
+            lead = lead_of_best.format(f"the best constant batch, {best.name}")
+            parts += saved_words([(name, w.of_best) for name, w in named], lead, results)
     for named, owner in ((own, "the arm itself"), (worths, reference)):
         untold = [name for name, w in named if w.of_reference.worthless]
         if untold:
@@ -292,12 +291,11 @@ def worth_words(experiment: Experiment, results: Results) -> str:
     return "The honest reading. " + " ".join(parts)
 
 
-def saved_words(named: Sequence[tuple[str, WorthSaved]], lead: str, of_best: bool, results: Results) -> list[str]:
+def saved_words(named: Sequence[tuple[str, EndSaving]], lead: str, results: Results) -> list[str]:
     """One sentence or two, if anything is known."""
     by_tokens: list[Finding] = []
     by_seconds: list[Finding] = []
-    for name, w in named:
-        saved = w.of_best if of_best else w.of_reference
+    for name, saved in named:
         prolonged = " (prolonged)" if saved.beyond else ""
         for findings, i in ((by_tokens, saved.tokens), (by_seconds, saved.seconds)):
             findings += finding(name, i, saving_verdict(i), share(i) + prolonged)
